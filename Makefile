@@ -1,0 +1,83 @@
+# Everything is installed into .venv and Debian packages; `make` alone prints the targets.
+
+# bcc exists only for the system's Python; another python3 may come first on PATH.
+PYTHON ?= /usr/bin/python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
+
+PACKAGES_RUN := python3-venv python3-bpfcc
+PACKAGES_DEMO := $(PACKAGES_RUN) qemu-system-x86 qemu-utils busybox-static elfutils gdb
+PACKAGES_TEST := $(PACKAGES_DEMO) gcc libc6-dev
+
+RINGS := tests/unit tests/kernel tests/qemu
+
+# Under sudo the files made in the tree go back to whoever owns it.
+GIVE_BACK := if [ -n "$$SUDO_UID" ]; then \
+	for made in $(VENV) aio_trace.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis; do \
+	if [ -e "$$made" ]; then chown -R "$$SUDO_UID:$$SUDO_GID" "$$made"; fi; done; fi
+
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+.DELETE_ON_ERROR:
+
+.PHONY: help
+help: ## Print this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+.PHONY: install
+install: packages-run $(VENV)/.installed ## Install into .venv: .venv/bin/aio-trace
+
+.PHONY: demo
+demo: root packages-demo install ## Boot a small guest, lose one completion, show what aio-trace says (root)
+	@$(BIN)/aio-trace demo
+
+.PHONY: test
+test: root packages-test lint ## All checks and tests, with real QEMUs (root)
+	@status=0; $(BIN)/python -m pytest $(RINGS) || status=$$?; $(GIVE_BACK); exit $$status
+
+.PHONY: check
+check: lint ## Format, lint, types and unit tests (no root)
+	@$(BIN)/python -m pytest tests/unit
+
+.PHONY: lint
+lint: packages-run $(VENV)/.dev
+	@$(BIN)/ruff format --check .
+	@$(BIN)/ruff check .
+	@$(BIN)/mypy
+
+.PHONY: format
+format: packages-run $(VENV)/.dev ## Format the code and mend what ruff can mend
+	@$(BIN)/ruff check --fix-only .
+	@$(BIN)/ruff format .
+
+.PHONY: clean
+clean: ## Remove everything that was made in this folder
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+.PHONY: root
+root:
+	@[ "$$(id -u)" = 0 ] || { echo "this needs root: sudo make $(MAKECMDGOALS)" >&2; exit 1; }
+
+.PHONY: packages-run packages-demo packages-test
+packages-run:
+	@bash .ci/packages $(PACKAGES_RUN)
+packages-demo:
+	@bash .ci/packages $(PACKAGES_DEMO)
+packages-test:
+	@bash .ci/packages $(PACKAGES_TEST)
+
+$(VENV)/.created:
+	$(PYTHON) -m venv --clear --system-site-packages $(VENV)
+	@touch $@
+
+$(VENV)/.installed: $(VENV)/.created pyproject.toml
+	$(PIP) install --editable .
+	@touch $@
+	@$(GIVE_BACK)
+
+$(VENV)/.dev: $(VENV)/.installed
+	$(PIP) install --editable '.[dev]'
+	@touch $@
+	@$(GIVE_BACK)

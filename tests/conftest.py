@@ -1,0 +1,34 @@
+"""Rings and prerequisites.
+
+Knows: which folder is which ring, and that a missing prerequisite skips a test on a laptop and
+fails it in CI. Knows nothing of what the tests are about.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+TESTS = Path(__file__).parent
+RINGS = ("unit", "kernel", "qemu", "matrix")
+
+
+def require(condition: object, reason: str) -> None:
+    """Skip the test with `reason` unless `condition` holds; in CI, fail it instead."""
+    __tracebackhide__ = True
+    if condition:
+        return
+    if os.environ.get("CI"):
+        pytest.fail(f"missing in CI: {reason}")
+    pytest.skip(reason)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark each test with the ring whose folder it lives in."""
+    for item in items:
+        if item.path.is_relative_to(TESTS):
+            ring = item.path.relative_to(TESTS).parts[0]
+            if ring in RINGS:
+                item.add_marker(ring)
