@@ -1,0 +1,98 @@
+"""The one error tree.
+
+Knows: every situation in which aio-trace cannot go on, as a class with one clear sentence, a hint
+that can be pasted, and the exit status of the command. Knows nothing of where they are printed.
+"""
+
+from __future__ import annotations
+
+EXIT_OK = 0
+EXIT_FAILED = 1
+EXIT_USAGE = 2
+EXIT_ALERT = 3
+
+
+class AioTraceError(Exception):
+    """Base of all expected failures: `message` (one sentence), `hint` (or None), `status`."""
+
+    status = EXIT_FAILED
+
+    def __init__(self, message: str, hint: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+
+class UsageError(AioTraceError):
+    """The command line cannot be understood."""
+
+    status = EXIT_USAGE
+
+
+class TargetError(AioTraceError):
+    """Something about the process or file to look at."""
+
+
+class NoSuchProcess(TargetError):
+    """No process has that pid (any more)."""
+
+
+class NotQemu(TargetError):
+    """The process or file is not a QEMU."""
+
+
+class TargetExited(TargetError):
+    """The process ended, or its pid now belongs to another one."""
+
+
+class ImageError(AioTraceError):
+    """An ELF file is damaged, truncated or of a kind that is not supported."""
+
+
+class SitesNotFound(AioTraceError):
+    """No strategy found (and proved) all probe sites."""
+
+
+class LayoutError(AioTraceError):
+    """QEMU's structures are not where the layout says; nothing read by it may be believed."""
+
+
+class AbsentMember(LayoutError):
+    """A structure member that this build does not have, or that was not found, was asked for."""
+
+
+class FaultError(AioTraceError):
+    """Memory of the target could not be read at `address`."""
+
+    def __init__(self, address: int, size: int = 0) -> None:
+        super().__init__(f"cannot read {size} bytes at {address:#x}")
+        self.address = address
+        self.size = size
+
+
+class HostError(AioTraceError):
+    """Something the host lacks: permission, kernel feature, package."""
+
+
+class NotPermitted(HostError):
+    """Neither root nor the capabilities that are needed."""
+
+
+class NoUprobes(HostError):
+    """The kernel has no uprobes."""
+
+
+class BccMissing(HostError):
+    """The bcc Python package is not importable."""
+
+
+class ProbeError(HostError):
+    """BCC could not compile, load or attach the probes."""
+
+
+class ToolMissing(HostError):
+    """A program that this command needs is not installed."""
+
+
+class LabError(AioTraceError):
+    """The lab could not start, fault or free its own throw-away QEMU."""

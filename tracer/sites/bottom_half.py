@@ -1,0 +1,90 @@
+"""struct QEMUBH, read from the code of util/async.c.
+
+Knows: how aio_bh_new() fills a bottom half and how qemu_bh_schedule() marks it. Does not know the
+thread pool.
+"""
+
+from __future__ import annotations
+
+from tracer.layout import BottomHalfLayout
+from tracer.sites.flow import Argument, Called, Const, Exchanged, Flow, Stored
+from tracer.sites.program import Program
+from tracer.sites.proof import NotProved, agreed, require
+
+_CREATORS = ("aio_bh_new_full", "aio_bh_new")
+_MAX_HOPS = 3
+
+
+def bottom_half_layout(program: Program) -> BottomHalfLayout:
+    """The offsets in QEMUBH; NotProved if the code does not show them."""
+    creator = require(program.address(*_CREATORS), "aio_bh_new is not known")
+    schedule = require(program.address("qemu_bh_schedule"), "qemu_bh_schedule is not known")
+    members = _filled(program.flow(creator))
+    named = program.address("aio_bh_new_full") is not None
+    flags, width = _mark(program, schedule)
+    return BottomHalfLayout(
+        context=agreed("QEMUBH.ctx", *members.get(0, ())),
+        callback=agreed("QEMUBH.cb", *members.get(1, ())),
+        opaque=agreed("QEMUBH.opaque", *members.get(2, ())),
+        flags=flags,
+        flags_width=width,
+        name=agreed("QEMUBH.name", *members[3]) if named and 3 in members else None,
+    )
+
+
+def schedules_with_barrier(program: Program) -> bool | None:
+    """Whether qemu_bh_schedule() marks the bottom half atomically; None if that cannot be seen.
+
+    It does since QEMU commit e8d3b1a25f (in v2.3); before, a plain store let a wake-up be lost.
+    """
+    schedule = program.address("qemu_bh_schedule")
+    if schedule is None:
+        return None
+    try:
+        flags, width = _mark(program, schedule)
+    except NotProved:
+        return None
+    return any((event.offset, event.width) == (flags, width) for event in _exchanges(program, schedule))
+
+
+def _filled(flow: Flow) -> dict[int, list[int]]:
+    """For each argument of aio_bh_new(), where in the new object it is stored."""
+    results = {event.result for event in flow.events if isinstance(event, Called)}
+    members: dict[int, list[int]] = {}
+    for event in flow.events:
+        if isinstance(event, Stored) and event.base in results and isinstance(event.value, Argument):
+            members.setdefault(event.value.number, []).append(event.offset)
+    return members
+
+
+def _mark(program: Program, schedule: int) -> tuple[int, int]:
+    """Offset and width of what qemu_bh_schedule() sets: `flags`, or before v5.0 the byte `scheduled`."""
+    exchanges = [event for event in _exchanges(program, schedule) if event.width in (1, 4)]
+    if exchanges:
+        return agreed("QEMUBH.flags", *((event.offset, event.width) for event in exchanges))
+    stores = [
+        (event.offset, event.width)
+        for event in program.flow(schedule).events
+        if isinstance(event, Stored) and event.width == 1
+        if (event.base, event.value) == (Argument(0), Const(1))
+    ]
+    return agreed("QEMUBH.scheduled", *stores)
+
+
+def _exchanges(program: Program, address: int) -> list[Exchanged]:
+    """Atomic accesses to the function's first argument, in it or where it hands that on to.
+
+    qemu_bh_schedule() is a jump to aio_bh_enqueue() in some builds.
+    """
+    for _ in range(_MAX_HOPS):
+        flow = program.flow(address)
+        found = [each for each in flow.events if isinstance(each, Exchanged) and each.base == Argument(0)]
+        onward = [
+            event.target
+            for event in flow.events
+            if isinstance(event, Called) and event.target is not None and event.arguments[0] == Argument(0)
+        ]
+        if found or not onward:
+            return found
+        address = onward[0]
+    return []

@@ -1,0 +1,62 @@
+"""What the search for probe sites hands on: sites, attempts, and the build's facts.
+
+Knows: addresses as the ELF file gives them (before relocation). Does not know bcc or processes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from tracer.layout import Layout
+
+SUBMIT = "submit"
+DONE = "done"
+CALLBACK = "callback"
+SITE_NAMES = (SUBMIT, DONE, CALLBACK)
+
+
+@dataclass(frozen=True)
+class Site:
+    """One proved place for a uprobe.
+
+    `address` is the ELF virtual address; `register` holds the ThreadPoolElement there, named as the
+    architecture's manual does ("rbp", "x19"); `instruction` is its disassembly; `cheap` is true when
+    the kernel emulates it (a nop, call, jmp, jcc or push), false when it must be single-stepped.
+    """
+
+    name: str
+    address: int
+    register: str
+    instruction: str
+    strategy: str
+    cheap: bool
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One strategy's outcome, kept for `check` and for the error message."""
+
+    strategy: str
+    outcome: str
+    ok: bool = False
+
+
+@dataclass(frozen=True)
+class Located:
+    """Everything a build's file tells: sites, layout, functions, attempts.
+
+    `functions` maps QEMU's function names to ELF addresses; always there:
+    `thread_pool_completion_bh` and `worker_thread`; where found: `thread_pool_submit_aio`,
+    `qemu_bh_schedule`, `spawn_thread_bh_fn`. `main_context` is the ELF address of the pointer that
+    qemu_get_aio_context() loads, or None. `barrier_fixed` tells whether qemu_bh_schedule() marks the
+    bottom half atomically, as it does since QEMU commit e8d3b1a25f (in v2.3); None if that was not seen.
+    """
+
+    sites: Mapping[str, Site]
+    layout: Layout
+    functions: Mapping[str, int]
+    attempts: tuple[Attempt, ...]
+    main_context: int | None = None
+    barrier_fixed: bool | None = None
+    notes: tuple[str, ...] = field(default=())
