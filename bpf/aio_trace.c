@@ -1,0 +1,265 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * The three probes of a QEMU thread-pool request (util/thread-pool.c): submit, done, callback.
+ *
+ * Parameters by -D:
+ *   SUBMIT_REGISTER, DONE_REGISTER, CALLBACK_REGISTER   member of struct pt_regs that holds the request
+ *   REQUEST_CALLBACK, REQUEST_ARG, REQUEST_RET          offsets in ThreadPoolElement
+ *   ARG_AIO_TYPE                                        offset of aio_type in RawPosixAIOData
+ *   MAX_REQUESTS                                        requests followed at once
+ *   WITH_SUBMIT                                         1: the submit probe is attached, 0: it is not
+ *   HAVE_CMPXCHG                                        1: the kernel has atomic compare and exchange (5.12)
+ *
+ * No event is sent: state and histograms stay in maps, user space reads them when it needs to.
+ */
+#include <linux/types.h>
+
+#include "aio_trace.h"
+
+/* User registers as the kernel hands them to a uprobe: ABI, the same for every kernel. */
+#if defined(__x86_64__)
+struct pt_regs {
+    unsigned long r15, r14, r13, r12, bp, bx, r11, r10, r9, r8, ax, cx, dx, si, di;
+    unsigned long orig_ax, ip, cs, flags, sp, ss;
+};
+#elif defined(__aarch64__)
+struct pt_regs {
+    u64 regs[31];
+    u64 sp, pc, pstate;
+};
+#else
+#error "aio-trace knows the registers of x86-64 and aarch64 only"
+#endif
+
+#define EEXIST 17
+#define ECANCELED 125
+
+#define WORDS_TO_ARG ((REQUEST_ARG + 8 - REQUEST_CALLBACK) / 8)
+
+BPF_HASH(requests, u64, struct request_record, MAX_REQUESTS);
+BPF_PERCPU_ARRAY(statistics, struct statistics, KINDS);
+
+/* Programs may be preempted and run again on the same CPU, so even per-CPU counts are added
+ * atomically: a count that is off by one would be a lie about a lost request. */
+static inline __attribute__((always_inline)) void add(u64 *counter, u64 amount)
+{
+    __sync_fetch_and_add(counter, amount);
+}
+
+static inline __attribute__((always_inline)) struct statistics *of_kind(u32 kind)
+{
+    int index = kind;
+
+    return statistics.lookup(&index);
+}
+
+static inline __attribute__((always_inline)) u32 bucket_of(u64 ns)
+{
+    u32 octave = 0;
+    u64 rest = ns;
+
+    if (rest >> 32) { octave += 32; rest >>= 32; }
+    if (rest >> 16) { octave += 16; rest >>= 16; }
+    if (rest >> 8) { octave += 8; rest >>= 8; }
+    if (rest >> 4) { octave += 4; rest >>= 4; }
+    if (rest >> 2) { octave += 2; rest >>= 2; }
+    if (rest >> 1) { octave += 1; }
+    if (octave < SUB_BUCKET_BITS)
+        return ns;
+    return (octave << SUB_BUCKET_BITS) |
+           ((ns >> (octave - SUB_BUCKET_BITS)) & ((1 << SUB_BUCKET_BITS) - 1));
+}
+
+static inline __attribute__((always_inline)) void record_stage(struct statistics *s, u32 stage, u64 from_ns, u64 to_ns)
+{
+    struct stage_statistics *st = &s->stages[stage];
+    u64 ns = to_ns > from_ns ? to_ns - from_ns : 0;
+    u32 bucket = bucket_of(ns);
+
+    if (bucket >= BUCKETS)
+        bucket = BUCKETS - 1;
+    add(&st->count, 1);
+    add(&st->sum_ns, ns);
+    if (ns > st->max_ns)
+        st->max_ns = ns;
+    add(&st->buckets[bucket], 1);
+}
+
+/* Claims the change from "not done" to "done" for the caller: true for one of the two that may race.
+ * The worker stores THREAD_DONE before it reaches the done probe, so a bottom half that runs for
+ * another request may call the callback first. */
+static inline __attribute__((always_inline)) bool claim_done(struct request_record *record, u64 now)
+{
+#if HAVE_CMPXCHG
+    return __sync_val_compare_and_swap(&record->done_ns, 0, now) == 0;
+#else
+    if (record->done_ns)
+        return false;
+    record->done_ns = now;
+    return true;
+#endif
+}
+
+/* The kind by RawPosixAIOData.aio_type, believed only where exactly one operation's bit is set. Other
+ * users of the pool (qcow2 compression and encryption) have sizes and offsets there. */
+static inline __attribute__((always_inline)) u32 kind_of(u64 arg)
+{
+    u32 type = 0;
+    u32 operation;
+
+    if (!arg || bpf_probe_read_user(&type, sizeof(type), (void *)(arg + ARG_AIO_TYPE)))
+        return KIND_OTHER;
+    operation = type & 0x7ff;
+    if ((type & ~0x7fff) || (operation & (operation - 1)))
+        return KIND_OTHER;
+    switch (operation) {
+    case 0x01: return 1;
+    case 0x02: return 2;
+    case 0x04: return 3;
+    case 0x08: return 4;
+    case 0x10: return 5;
+    case 0x20: return 6;
+    case 0x40: return 7;
+    case 0x80: return 8;
+    }
+    return KIND_OTHER;
+}
+
+#if WITH_SUBMIT
+int on_submit(struct pt_regs *ctx)
+{
+    u64 request = ctx->SUBMIT_REGISTER;
+    u64 words[WORDS_TO_ARG] = {};
+    struct request_record record = {};
+    struct statistics *s;
+    int error;
+
+    if (!bpf_probe_read_user(words, sizeof(words), (void *)(request + REQUEST_CALLBACK))) {
+        record.kind = kind_of(words[WORDS_TO_ARG - 1]);
+        if (!words[0])
+            record.flags = FLAG_NO_CALLBACK;
+    }
+    s = of_kind(record.kind);
+    if (!s)
+        return 0;
+    add(&s->submitted, 1);
+    record.submit_ns = bpf_ktime_get_ns();
+    error = requests.insert(&request, &record);
+    if (error == -EEXIST) {
+        struct request_record *old = requests.lookup(&request);
+
+        if (old && !old->flags)
+            add(&s->missed, 1);
+        error = requests.update(&request, &record);
+    }
+    if (error)
+        add(&s->map_full, 1);
+    return 0;
+}
+
+int on_done(struct pt_regs *ctx)
+{
+    u64 request = ctx->DONE_REGISTER;
+    u64 now = bpf_ktime_get_ns();
+    struct request_record *record = requests.lookup(&request);
+    struct statistics *s;
+
+    /* Its callback came first and has counted it, or its submit could not be recorded. */
+    if (!record)
+        return 0;
+    if (!claim_done(record, now)) {
+        /* The late hit of an earlier request at this address claimed it: ours is the true time. */
+        record->done_ns = now;
+        return 0;
+    }
+    s = of_kind(record->kind);
+    if (!s || (record->flags & FLAG_BEFORE))
+        return 0;
+    add(&s->done, 1);
+    record_stage(s, SUBMIT_TO_DONE, record->submit_ns, now);
+    if (record->flags & FLAG_NO_CALLBACK) {
+        add(&s->completed, 1);
+        add(&s->no_callback, 1);
+        requests.delete(&request);
+    }
+    return 0;
+}
+
+int on_callback(struct pt_regs *ctx)
+{
+    u64 request = ctx->CALLBACK_REGISTER;
+    u64 now = bpf_ktime_get_ns();
+    struct request_record *record = requests.lookup(&request);
+    struct statistics *s = of_kind(record ? record->kind : KIND_OTHER);
+    int ret = 0;
+
+    if (!s)
+        return 0;
+    if (!record || (record->flags & FLAG_BEFORE)) {
+        add(&s->before, 1);
+    } else if (claim_done(record, now)) {
+        /* No done hit yet: the worker is still on its way to the probe, or there was no worker
+         * because thread_pool_cancel took the request, and says so in ret. */
+        bpf_probe_read_user(&ret, sizeof(ret), (void *)(request + REQUEST_RET));
+        if (ret == -ECANCELED) {
+            add(&s->cancelled, 1);
+        } else {
+            add(&s->done, 1);
+            add(&s->completed, 1);
+            record_stage(s, SUBMIT_TO_DONE, record->submit_ns, now);
+            record_stage(s, DONE_TO_CALLBACK, now, now);
+            record_stage(s, TOTAL, record->submit_ns, now);
+        }
+    } else {
+        add(&s->completed, 1);
+        record_stage(s, DONE_TO_CALLBACK, record->done_ns, now);
+        record_stage(s, TOTAL, record->submit_ns, now);
+    }
+    requests.delete(&request);
+    return 0;
+}
+
+#else /* done and callback only */
+
+int on_done(struct pt_regs *ctx)
+{
+    u64 request = ctx->DONE_REGISTER;
+    struct request_record record = {.done_ns = bpf_ktime_get_ns()};
+    struct statistics *s = of_kind(KIND_OTHER);
+
+    if (!s)
+        return 0;
+    add(&s->done, 1);
+    if (requests.update(&request, &record))
+        add(&s->map_full, 1);
+    return 0;
+}
+
+int on_callback(struct pt_regs *ctx)
+{
+    u64 request = ctx->CALLBACK_REGISTER;
+    u64 now = bpf_ktime_get_ns();
+    struct request_record *record = requests.lookup(&request);
+    struct statistics *s = of_kind(KIND_OTHER);
+    int ret = 0;
+
+    if (!s)
+        return 0;
+    if (!record) {
+        bpf_probe_read_user(&ret, sizeof(ret), (void *)(request + REQUEST_RET));
+        if (ret == -ECANCELED)
+            add(&s->cancelled, 1);
+        else
+            add(&s->completed, 1);
+        return 0;
+    }
+    if (record->flags & FLAG_BEFORE) {
+        add(&s->before, 1);
+    } else {
+        add(&s->completed, 1);
+        record_stage(s, DONE_TO_CALLBACK, record->done_ns, now);
+    }
+    requests.delete(&request);
+    return 0;
+}
+#endif

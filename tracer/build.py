@@ -1,0 +1,82 @@
+"""One executable, understood; and the way from there into a process that runs it.
+
+Knows: that ELF addresses plus the load bias are addresses in the process. Does not know what is done
+with the pools found.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tracer.elf import Image
+from tracer.errors import FaultError, NotQemu, SitesNotFound, TargetError
+from tracer.memory import LiveMemory, read_u64
+from tracer.pools import PoolReader
+from tracer.sites import locate
+from tracer.sites.model import Located
+from tracer.target import Target
+
+#: worker_thread (util/thread-pool.c) is no longer than this in any build seen; bytes.
+WORKER_SIZE = 2048
+
+
+@dataclass(frozen=True)
+class Build:
+    """An executable's file, understood once for all processes that run it."""
+
+    located: Located
+    version: str | None
+    entry: int
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A build in one process: addresses are the process's own."""
+
+    build: Build
+    reader: PoolReader
+    main_context: int | None  # the main loop's AioContext
+    worker_code: range  # where worker_thread stands
+
+
+def read_build(path: str, name: str, only: str | None = None) -> Build:
+    """What the executable at `path` tells; `name` is what people call it.
+
+    Raises SitesNotFound, NotQemu or ImageError.
+    """
+    with Image.open(path) as image:
+        version = image.qemu_version()
+        try:
+            located = locate(image, only)
+        except SitesNotFound as error:
+            raise _not_located(name, version, error) from error
+        return Build(located, version, image.entry)
+
+
+def _not_located(name: str, version: str | None, error: SitesNotFound) -> TargetError | SitesNotFound:
+    if version is None:
+        return NotQemu(f"{name} is no QEMU: it has neither a QEMU version nor a thread pool", "pgrep -a qemu")
+    return error
+
+
+def load(target: Target, memory: LiveMemory, build: Build) -> Loaded:
+    """The build as it stands in this process. Raises TargetExited."""
+    bias = target.entry_address() - build.entry
+    functions = build.located.functions
+    worker = functions["worker_thread"]
+    end = min((f for f in functions.values() if f > worker), default=worker + WORKER_SIZE)
+    return Loaded(
+        build,
+        PoolReader(memory, build.located.layout, functions["thread_pool_completion_bh"] + bias),
+        _main_context(memory, build.located.main_context, bias),
+        range(worker + bias, min(end, worker + WORKER_SIZE) + bias),
+    )
+
+
+def _main_context(memory: LiveMemory, pointer: int | None, bias: int) -> int | None:
+    if pointer is None:
+        return None
+    try:
+        return read_u64(memory, pointer + bias) or None
+    except FaultError:
+        return None

@@ -1,0 +1,90 @@
+"""Histograms into percentiles, and one snapshot of counts into the figures of a period.
+
+Knows: how bpf/aio_trace.c buckets latencies. Does not know formats.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from tracer.events import Latency, Requests
+from tracer.probes import COUNTERS, STAGES, Histogram, Statistics, bucket_upper_ns
+
+
+def combined(by_kind: Mapping[str, Statistics]) -> Statistics:
+    """The counts of all kinds together."""
+    total = Statistics()
+    for statistics in by_kind.values():
+        for name in COUNTERS:
+            setattr(total, name, getattr(total, name) + getattr(statistics, name))
+        for mine, theirs in zip(total.stages, statistics.stages, strict=True):
+            _merge(mine, theirs)
+    return total
+
+
+def _merge(mine: Histogram, theirs: Histogram) -> None:
+    if theirs.count:
+        mine.count += theirs.count
+        mine.sum_ns += theirs.sum_ns
+        mine.max_ns = max(mine.max_ns, theirs.max_ns)
+        mine.buckets = [a + b for a, b in zip(mine.buckets, theirs.buckets, strict=True)]
+
+
+def difference(now: Statistics, then: Statistics) -> Statistics:
+    """What was counted between two snapshots of the same statistics."""
+    result = Statistics()
+    for name in COUNTERS:
+        setattr(result, name, getattr(now, name) - getattr(then, name))
+    result.stages = [_difference(a, b) for a, b in zip(now.stages, then.stages, strict=True)]
+    return result
+
+
+def _difference(now: Histogram, then: Histogram) -> Histogram:
+    buckets = [a - b for a, b in zip(now.buckets, then.buckets, strict=True)]
+    highest = max((index for index, count in enumerate(buckets) if count), default=None)
+    if highest is None:
+        return Histogram()
+    # The maximum is kept since the start; in a period it is known as well as the buckets are fine.
+    most = now.max_ns if now.max_ns > then.max_ns else min(bucket_upper_ns(highest), now.max_ns)
+    return Histogram(now.count - then.count, now.sum_ns - then.sum_ns, most, buckets)
+
+
+def latency(histogram: Histogram) -> Latency:
+    """Percentiles of one stage in microseconds: the upper bound of the bucket, no more than the maximum."""
+    buckets = [(bucket_upper_ns(i), count) for i, count in enumerate(histogram.buckets) if count]
+    # The counters are read while the probes count on: the buckets are their own sum.
+    count = sum(n for _, n in buckets)
+
+    def percentile(share: float) -> float | None:
+        rank, passed = share * count, 0
+        for upper, n in buckets:
+            passed += n
+            if passed >= rank:
+                return min(upper, histogram.max_ns) / 1e3
+        return None
+
+    return Latency(
+        count,
+        percentile(0.50) if count else None,
+        percentile(0.90) if count else None,
+        percentile(0.99) if count else None,
+        histogram.max_ns / 1e3 if count else None,
+        tuple((upper / 1e3, n) for upper, n in buckets),
+    )
+
+
+def latencies(statistics: Statistics, with_submit: bool) -> dict[str, Latency]:
+    """Every stage that this mode measures."""
+    measured = range(len(STAGES)) if with_submit else (STAGES.index("done_to_callback"),)
+    return {STAGES[index]: latency(statistics.stages[index]) for index in measured}
+
+
+def requests(statistics: Statistics, in_flight: int | None, with_submit: bool) -> Requests:
+    """The counts of the contract."""
+    return Requests(
+        statistics.submitted if with_submit else None,
+        statistics.done,
+        statistics.completed,
+        statistics.cancelled,
+        in_flight,
+    )

@@ -1,0 +1,131 @@
+"""Which thread runs an AioContext, and what it would hear if somebody rang.
+
+Knows: threads, their stacks and poll sets, and that an AioContext (include/block/aio.h) holds the
+eventfd of its EventNotifier. Does not know requests or causes.
+"""
+
+from __future__ import annotations
+
+import re
+import struct
+from dataclasses import dataclass
+from itertools import pairwise
+
+from tracer.errors import FaultError
+from tracer.memory import MemoryReader
+from tracer.target import Target, Thread
+
+#: System calls in which an event loop waits: glib's and QEMU's poll, epoll, io_uring.
+POLLS = frozenset({"poll", "ppoll", "epoll_wait", "epoll_pwait", "epoll_pwait2", "io_uring_enter"})
+#: How much of an AioContext is searched for its notifier, and of a stack for its context; bytes.
+CONTEXT_SIZE = 1024
+STACK_SIZE = 1 << 20
+TLS_SIZE = 8192
+MAX_POLL_SET = 65536
+#: Names of threads that run no context, where QEMU names its threads (-name debug-threads=on).
+NOT_HOME = re.compile(r"^(worker|CPU )")
+
+
+@dataclass(frozen=True)
+class Bell:
+    """The eventfd that wakes a context's thread; None where it could not be found."""
+
+    fd: int | None
+    count: int | None
+    polled: bool | None  # whether the thread's poll listens to it
+
+
+def find_home(
+    target: Target, memory: MemoryReader, context: int, main_context: int | None, worker_code: range
+) -> int | None:
+    """The tid of the thread that runs `context`, or None when that does not show.
+
+    The main context is run by the main thread. An iothread has its context's address in its stack or
+    thread-local storage. Workers, which have a return address into `worker_code` on their stack, may
+    hold it too and are left out; two candidates are none.
+    """
+    if context == main_context:
+        return target.pid
+    candidates = [
+        thread
+        for thread in target.threads()
+        if not NOT_HOME.match(thread.name)
+        and (main_context is None or thread.tid != target.pid)
+        and _holds(_stack(target, memory, thread), context, worker_code)
+    ]
+    named = [thread for thread in candidates if thread.name.startswith("IO ")]
+    for some in (named, candidates):
+        if len(some) == 1:
+            return some[0].tid
+    return None
+
+
+def _stack(target: Target, memory: MemoryReader, thread: Thread) -> bytes:
+    """A sleeping thread's stack from its stack pointer on, with the thread-local storage above it."""
+    if thread.syscall is None:
+        return b""
+    sp = thread.syscall.sp & ~7
+    top = next((region.end for region in target.regions() if region.start <= sp < region.end), sp)
+    try:
+        if top - sp <= STACK_SIZE:
+            return memory.read(sp, top - sp)
+        return memory.read(sp, STACK_SIZE) + memory.read(top - TLS_SIZE, TLS_SIZE)
+    except FaultError:
+        return b""
+
+
+def _holds(stack: bytes, context: int, worker_code: range) -> bool:
+    words = [word for (word,) in struct.iter_unpack("<Q", stack[: len(stack) // 8 * 8])]
+    return context in words and not any(word in worker_code for word in words)
+
+
+def parked(thread: Thread) -> bool:
+    """Whether the thread sleeps in a poll."""
+    return thread.syscall is not None and thread.syscall.name in POLLS
+
+
+def find_bell(target: Target, memory: MemoryReader, context: int, thread: Thread | None) -> Bell:
+    """The context's notifier: the one eventfd whose number stands twice in a row in the AioContext.
+
+    EventNotifier (include/qemu/event_notifier.h) has rfd and wfd, the same eventfd on Linux.
+    """
+    try:
+        words = struct.unpack(f"<{CONTEXT_SIZE // 4}i", memory.read(context, CONTEXT_SIZE))
+    except FaultError:
+        return Bell(None, None, None)
+    pairs = {a for a, b in pairwise(words) if a == b and a > 2}
+    bells = {fd: count for fd in pairs if (count := target.eventfd_count(fd)) is not None}
+    if len(bells) != 1:
+        return Bell(None, None, None)
+    fd, count = bells.popitem()
+    return Bell(fd, count, None if thread is None else _listens(target, memory, thread, fd))
+
+
+def _listens(target: Target, memory: MemoryReader, thread: Thread, fd: int) -> bool | None:
+    """Whether the poll that the thread sleeps in includes `fd`; None where that cannot be read."""
+    call = thread.syscall
+    if call is None or call.name not in POLLS:
+        return None
+    if call.name in ("poll", "ppoll"):
+        return fd in _poll_set(memory, call.args[0], call.args[1])
+    if call.name.startswith("epoll"):
+        return _epoll_has(target, call.args[0], fd)
+    return None
+
+
+def _poll_set(memory: MemoryReader, address: int, count: int) -> set[int]:
+    if not 0 < count <= MAX_POLL_SET:
+        return set()
+    try:
+        data = memory.read(address, count * 8)
+    except FaultError:
+        return set()
+    return {fd for fd, _events, _revents in struct.iter_unpack("<ihh", data)}
+
+
+def _epoll_has(target: Target, epoll_fd: int, fd: int) -> bool | None:
+    try:
+        with open(f"/proc/{target.pid}/fdinfo/{epoll_fd}", encoding="ascii") as file:
+            return re.search(rf"^tfd:\s*{fd}\b", file.read(), re.M) is not None
+    except OSError:
+        return None

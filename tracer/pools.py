@@ -1,0 +1,203 @@
+"""The thread pools and requests that QEMU itself holds in memory.
+
+Knows: how to read ThreadPool, ThreadPoolElement and QEMUBH by a Layout, and how to find all pools
+without a probe. Does not know events, time or causes. Every structure proves itself by its back links
+before it is believed, every walk is bounded, and a torn list is a partial result with a reason.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from tracer.errors import FaultError, LayoutError
+from tracer.layout import Layout, RequestState
+from tracer.memory import MemoryReader, read_u64
+
+MAX_REQUESTS = 65536
+#: QEMU allows at most 64 threads a pool by default; anything far above is not a thread counter.
+MAX_THREADS = 1 << 20
+
+
+@dataclass(frozen=True)
+class BottomHalf:
+    """`struct QEMUBH` (util/async.c) of a pool at one moment."""
+
+    address: int
+    scheduled: bool
+    flags: int
+
+
+@dataclass(frozen=True)
+class ThreadCounts:
+    """Worker threads of a pool; None where this build's offset was not found."""
+
+    current: int | None
+    idle: int | None
+    max: int | None
+
+
+@dataclass(frozen=True)
+class Pool:
+    """One proved `ThreadPool` (util/thread-pool.c) and the AioContext that it belongs to."""
+
+    address: int
+    context: int
+    bottom_half: int
+
+
+@dataclass(frozen=True)
+class Request:
+    """One `ThreadPoolElement` (util/thread-pool.c) at one moment."""
+
+    address: int
+    pool: int
+    state: RequestState
+    ret: int | None  # None until it is THREAD_DONE
+    func: int
+    arg: int
+    callback: int
+    opaque: int
+    next: int
+    prev: int
+
+
+@dataclass(frozen=True)
+class RequestList:
+    """The requests on `pool->head`; `torn` says why the list is incomplete, or is None."""
+
+    requests: tuple[Request, ...]
+    torn: str | None = None
+
+
+class PoolReader:
+    """Reads pools by `layout`; `completion_bh` is the address of thread_pool_completion_bh in the process."""
+
+    def __init__(self, memory: MemoryReader, layout: Layout, completion_bh: int) -> None:
+        self._memory = memory
+        self._layout = layout
+        self._completion_bh = completion_bh
+
+    def find(self, chunks: Iterable[tuple[int, bytes]]) -> list[Pool]:
+        """All pools whose completion bottom half stands in the memory given.
+
+        A QEMUBH whose `cb` is thread_pool_completion_bh belongs to a pool; its `opaque` is the pool, and
+        the pool points back. Stale copies in freed memory do not prove themselves and are left out.
+        """
+        needle = struct.pack("<Q", self._completion_bh)
+        pools = {}
+        for base, data in chunks:
+            at = data.find(needle)
+            while at >= 0:
+                pool = self._pool_of_bottom_half(base + at - self._layout.bottom_half.callback)
+                if pool:
+                    pools[pool.address] = pool
+                at = data.find(needle, at + 8)
+        return sorted(pools.values(), key=lambda pool: pool.address)
+
+    def _pool_of_bottom_half(self, bottom_half: int) -> Pool | None:
+        try:
+            pool = self.pool(read_u64(self._memory, bottom_half + self._layout.bottom_half.opaque))
+        except (FaultError, LayoutError):
+            return None
+        return pool if pool.bottom_half == bottom_half else None
+
+    def pool(self, address: int) -> Pool:
+        """The pool at `address`, proved: its bottom half calls thread_pool_completion_bh with this pool.
+
+        Raises LayoutError if it is no pool, FaultError if it cannot be read.
+        """
+        layout = self._layout
+        context = read_u64(self._memory, address + layout.pool.context)
+        bottom_half = read_u64(self._memory, address + layout.pool.completion_bh)
+        if not context or not bottom_half:
+            raise LayoutError(f"no thread pool at {address:#x}")
+        if (
+            read_u64(self._memory, bottom_half + layout.bottom_half.callback) != self._completion_bh
+            or read_u64(self._memory, bottom_half + layout.bottom_half.opaque) != address
+            or read_u64(self._memory, bottom_half + layout.bottom_half.context) != context
+        ):
+            raise LayoutError(f"no thread pool at {address:#x}: its bottom half does not point back")
+        return Pool(address, context, bottom_half)
+
+    def bottom_half(self, pool: Pool) -> BottomHalf:
+        """The pool's completion bottom half now."""
+        layout = self._layout.bottom_half
+        data = self._memory.read(pool.bottom_half + layout.flags, layout.flags_width)
+        flags = int.from_bytes(data, "little")
+        return BottomHalf(pool.bottom_half, bool(flags & layout.scheduled_mask), flags)
+
+    def threads(self, pool: Pool) -> ThreadCounts:
+        """The pool's thread counters now; what is not known or not sane is None."""
+        return ThreadCounts(
+            self._counter(pool, self._layout.pool.cur_threads),
+            self._counter(pool, self._layout.pool.idle_threads),
+            self._counter(pool, self._layout.pool.max_threads),
+        )
+
+    def _counter(self, pool: Pool, offset: int | None) -> int | None:
+        if offset is None:
+            return None
+        value: int = struct.unpack("<i", self._memory.read(pool.address + offset, 4))[0]
+        return value if 0 <= value <= MAX_THREADS else None
+
+    def request(self, address: int) -> Request:
+        """The element at `address` as it reads now; its pool is not checked.
+
+        Raises LayoutError where the state is none, FaultError where it cannot be read.
+        """
+        layout = self._layout.element
+        data = self._memory.read(address, layout.size)
+
+        def word(offset: int) -> int:
+            value: int = struct.unpack_from("<Q", data, offset)[0]
+            return value
+
+        (state,) = struct.unpack_from("<i", data, layout.state)
+        (ret,) = struct.unpack_from("<i", data, layout.ret)
+        if state not in RequestState.__members__.values():
+            raise LayoutError(f"no request at {address:#x}: its state would be {state}")
+        return Request(
+            address,
+            word(layout.pool),
+            RequestState(state),
+            ret if state == RequestState.THREAD_DONE else None,
+            word(layout.func),
+            word(layout.arg),
+            word(layout.callback),
+            word(layout.opaque),
+            word(layout.next),
+            word(layout.prev),
+        )
+
+    def requests(self, pool: Pool) -> RequestList:
+        """Every request on the pool's list, newest first, as far as the list proves itself."""
+        found: list[Request] = []
+        seen: set[int] = set()
+        link = pool.address + self._layout.pool.head
+        try:
+            address = read_u64(self._memory, link)
+            while address:
+                if address in seen or len(seen) >= MAX_REQUESTS:
+                    return RequestList(tuple(found), "the list goes round in circles")
+                seen.add(address)
+                request = self.request(address)
+                if request.pool != pool.address or request.prev != link:
+                    return RequestList(tuple(found), f"the element at {address:#x} does not point back")
+                found.append(request)
+                link = address + self._layout.element.next
+                address = request.next
+        except (FaultError, LayoutError) as error:
+            return RequestList(tuple(found), error.message)
+        return RequestList(tuple(found))
+
+    def holds(self, pool: Pool, address: int) -> bool | None:
+        """Whether the element is on the pool's list; None when that could not be read to the end."""
+        for _ in range(5):
+            listed = self.requests(pool)
+            if any(request.address == address for request in listed.requests):
+                return True
+            if listed.torn is None:
+                return False
+        return None

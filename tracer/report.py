@@ -1,0 +1,342 @@
+"""Events into text: a table for people, JSON lines for programs. The only importer of tabulate.
+
+Knows: formats. Does not know where values come from.
+"""
+
+from __future__ import annotations
+
+import json
+import textwrap
+from collections.abc import Callable
+from datetime import UTC, datetime
+from typing import Any, Protocol, TextIO
+
+from tabulate import tabulate
+
+from tracer.events import (
+    Alert,
+    Attached,
+    Counts,
+    Event,
+    Failure,
+    Latency,
+    PoolInfo,
+    Resolved,
+    TargetEnded,
+)
+from tracer.verdict import LOST_WAKEUP
+
+STAGE_TITLES = {
+    "submit_to_done": "submit to done",
+    "done_to_callback": "done to callback",
+    "total": "total",
+}
+
+
+ADVICE_LOST_WAKEUP = (
+    "Any new request in the same pool frees it. Until then avoid what drains (stop, dump, snapshot, shutdown): "
+    "QEMU's monitor would hang, too."
+)
+WIDTH = 79
+
+
+def wrapped(text: str) -> str:
+    """Indented lines of at most WIDTH characters; long names are not cut."""
+    return textwrap.fill(
+        text, WIDTH, initial_indent="  ", subsequent_indent="  ", break_long_words=False, break_on_hyphens=False
+    )
+
+
+class Writer(Protocol):
+    """One format."""
+
+    def write(self, event: Event) -> None:
+        """Write one event, whole and at once."""
+        ...
+
+
+def rfc3339(time: float) -> str:
+    """Seconds since the epoch as RFC 3339 in UTC, with milliseconds."""
+    return datetime.fromtimestamp(time, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+def as_hex(value: int | None) -> str | None:
+    """An address as the contract writes it, None where not known."""
+    return None if value is None else f"{value:#x}"
+
+
+class JsonWriter:
+    """One JSON object a line."""
+
+    def __init__(self, out: TextIO) -> None:
+        self._out = out
+
+    def write(self, event: Event) -> None:
+        """Write one event, whole and at once."""
+        self._out.write(json.dumps(as_json(event)) + "\n")
+        self._out.flush()
+
+
+def as_json(event: Event) -> dict[str, Any]:
+    """An event as the contract's JSON object."""
+    name, body = _body(event)
+    head: dict[str, Any] = {"event": name, "time": rfc3339(event.time)}
+    if event.pid is not None:
+        head["pid"] = event.pid
+    return head | body
+
+
+def _body(event: Event) -> tuple[str, dict[str, Any]]:
+    if isinstance(event, Attached):
+        return "attached", _attached_body(event)
+    if isinstance(event, Counts):
+        return ("summary" if event.final else "interval"), _counts_body(event)
+    if isinstance(event, Alert):
+        return "alert", _alert_body(event)
+    if isinstance(event, Resolved):
+        after = round(event.after_s, 6)
+        return "resolved", {"request": as_hex(event.request), "pool": as_hex(event.pool), "after_s": after}
+    if isinstance(event, Failure):
+        return "error", {"message": event.message, "hint": event.hint}
+    if isinstance(event, TargetEnded):
+        return "ended", {"reason": event.reason}
+    raise TypeError(f"no JSON for {type(event).__name__}")
+
+
+def _attached_body(event: Attached) -> dict[str, Any]:
+    return {
+        "exe": event.exe,
+        "version": event.version,
+        "mode": event.mode,
+        "probes": [
+            {"site": p.site, "address": as_hex(p.address), "strategy": p.strategy, "cheap": p.cheap}
+            for p in event.probes
+        ],
+        "pools": [
+            {
+                "pool": as_hex(p.pool),
+                "context": as_hex(p.context),
+                "home_tid": p.home_tid,
+                "home": p.home_name,
+            }
+            for p in event.pools
+        ],
+        "in_flight": event.in_flight,
+        "startup_s": round(event.startup_s, 3),
+        "notes": list(event.notes),
+    }
+
+
+def _latency_json(latency: Latency) -> dict[str, Any]:
+    return {
+        "count": latency.count,
+        "p50": latency.p50,
+        "p90": latency.p90,
+        "p99": latency.p99,
+        "max": latency.max,
+        "buckets": [list(bucket) for bucket in latency.buckets],
+    }
+
+
+def _counts_body(event: Counts) -> dict[str, Any]:
+    requests = event.requests
+    return {
+        "period_s": round(event.period_s, 3),
+        "requests": {
+            "submitted": requests.submitted,
+            "done": requests.done,
+            "completed": requests.completed,
+            "cancelled": requests.cancelled,
+            "in_flight": requests.in_flight,
+        },
+        "alerts": event.alerts,
+        "lost_records": event.lost_records,
+        "latency_us": {stage: _latency_json(latency) for stage, latency in event.latency.items()},
+        "by_kind": {
+            kind: {stage: _latency_json(latency) for stage, latency in stages.items()}
+            for kind, stages in event.by_kind.items()
+        },
+        "notes": list(event.notes),
+    }
+
+
+def _alert_body(event: Alert) -> dict[str, Any]:
+    return {
+        "request": as_hex(event.request),
+        "pool": as_hex(event.pool),
+        "context": as_hex(event.context),
+        "kind": event.kind,
+        "file": event.file,
+        "offset": event.offset,
+        "bytes": event.bytes,
+        "state": event.state,
+        "ret": event.ret,
+        "age_s": round(event.age_s, 6),
+        "deadline_s": event.deadline_s,
+        "overdue_s": round(event.overdue_s, 6),
+        "cause": event.cause,
+        "explanation": event.explanation,
+        "evidence": dict(event.evidence),
+        "seen_from": event.seen_from,
+        "submit_age_s": None if event.submit_age_s is None else round(event.submit_age_s, 6),
+    }
+
+
+def microseconds(value: float | None) -> str:
+    """A latency for people: 85us, 1.2ms, 3.4s; a dash where there is none."""
+    if value is None:
+        return "-"
+    if value < 1000:
+        return f"{value:.0f}us"
+    if value < 1e6:
+        return f"{value / 1e3:.1f}ms"
+    return f"{value / 1e6:.1f}s"
+
+
+def size(value: int) -> str:
+    """A length for people: 512, 64k, 1M where it is round, else bytes."""
+    for unit, name in ((1 << 30, "G"), (1 << 20, "M"), (1 << 10, "k")):
+        if value and value % unit == 0:
+            return f"{value // unit}{name}"
+    return str(value)
+
+
+class TableWriter:
+    """For people, under 80 columns where names allow; what is not asked for goes to `progress` (stderr)."""
+
+    #: How many alerts of one cause and pool in a row are written in full.
+    MOST_ALIKE = 3
+
+    def __init__(
+        self, out: TextIO, progress: Callable[[str], None], several: bool = False, verbose: bool = False
+    ) -> None:
+        self._out = out
+        self._progress = progress
+        self._several = several
+        self._verbose = verbose
+        self._alike: tuple[str, int | None] | None = None
+        self._alike_count = 0
+
+    def write(self, event: Event) -> None:
+        """Write one event, whole and at once."""
+        if isinstance(event, Attached):
+            self._attached(event)
+        elif isinstance(event, Counts):
+            self._print(self._counts(event))
+        elif isinstance(event, Alert):
+            self._alert(event)
+        elif isinstance(event, Resolved):
+            self._print(self._resolved(event))
+        elif isinstance(event, TargetEnded):
+            self._progress(f"{self._of(event)}{event.reason}")
+        elif isinstance(event, Failure):
+            self._progress(event.message)
+
+    def _print(self, text: str) -> None:
+        self._out.write(text + "\n")
+        self._out.flush()
+
+    def _of(self, event: Event) -> str:
+        return f"[{event.pid}] " if self._several and event.pid is not None else ""
+
+    def _when(self, event: Event) -> str:
+        return datetime.fromtimestamp(event.time).astimezone().strftime("%H:%M:%S") + " " + self._of(event)
+
+    def _attached(self, event: Attached) -> None:
+        version = f"QEMU {event.version}" if event.version else "QEMU (version not found)"
+        self._progress(f"{self._of(event)}{event.exe}: {version}")
+        for probe in event.probes if self._verbose else ():
+            cost = "cheap" if probe.cheap else "DEAR"
+            self._progress(f"  {probe.site:9s} {probe.address:#x}  by {probe.strategy}, {cost}")
+        for pool in event.pools:
+            self._progress(f"  pool {pool.pool:#x}, run by {_home_of(pool)}")
+        for note in event.notes:
+            self._progress(f"  note: {note}")
+        probes = f"{len(event.probes)} probes" if event.probes else "no probe, memory is sampled"
+        self._progress(
+            f"{self._of(event)}attached to {event.pid} in {event.startup_s:.2f} s: {probes}, "
+            f"{event.in_flight} requests in flight. Ctrl-C ends it."
+        )
+
+    def _counts(self, event: Counts) -> str:
+        requests = event.requests
+        parts = [
+            f"{name} {value}"
+            for name, value in (
+                ("submitted", requests.submitted),
+                ("done", requests.done),
+                ("completed", requests.completed),
+                ("cancelled", requests.cancelled),
+                ("in flight", requests.in_flight),
+                ("alerts", event.alerts),
+            )
+            if value is not None and (value or name != "cancelled")
+        ]
+        title = f"summary of {event.period_s:.1f} s" if event.final else f"last {event.period_s:.1f} s"
+        lines = [f"{self._when(event)}{title}: " + ", ".join(parts)]
+        table = self._latencies(event)
+        if table:
+            lines.append(table)
+        if event.lost_records:
+            lines.append(f"{event.lost_records} records were lost: the counts above are too low.")
+        return "\n".join([*lines, *(f"note: {note}" for note in event.notes)])
+
+    def _latencies(self, event: Counts) -> str:
+        rows = [_row(STAGE_TITLES[stage], latency) for stage, latency in event.latency.items()]
+        kinds = event.by_kind if event.final or self._verbose else {}
+        for kind, stages in kinds.items():
+            latency = stages.get("total") or stages.get("done_to_callback")
+            if latency:
+                rows.append(_row(f"  {kind}", latency))
+        rows = [row for row in rows if row[1]]
+        if not rows:
+            return ""
+        return tabulate(
+            rows,
+            headers=["", "requests", "p50", "p90", "p99", "max"],
+            colalign=("left", *["right"] * 5),
+            tablefmt="plain",
+            preserve_whitespace=True,
+        )
+
+    def _alert(self, event: Alert) -> None:
+        alike = (event.cause, event.pool)
+        self._alike_count = self._alike_count + 1 if alike == self._alike else 1
+        self._alike = alike
+        if self._alike_count > self.MOST_ALIKE and not self._verbose:
+            self._print(f"{self._when(event)}ALERT {event.cause}: the same for {self._what(event)}")
+            return
+        deadline = f"deadline {event.deadline_s:g} s"
+        lines = [
+            f"{self._when(event)}ALERT {event.cause}: {self._what(event)}",
+            wrapped(event.explanation),
+            f"  request {event.request:#x}, {event.state} for {event.age_s:.2f} s ({deadline})"
+            + ("" if event.ret is None else f", ret {event.ret}"),
+        ]
+        if event.seen_from == "memory":
+            lines.append("  It was there when aio-trace came: it may have been late for long.")
+        if event.cause == LOST_WAKEUP:
+            lines.append(wrapped(ADVICE_LOST_WAKEUP))
+        self._print("\n".join(lines))
+
+    def _what(self, event: Alert) -> str:
+        place = f" on {event.file}" if event.file else ""
+        extent = ""
+        if event.bytes is not None and event.offset is not None:
+            extent = f" ({size(event.bytes)} at {event.offset})"
+        return f"{event.kind or 'request'}{place}{extent}"
+
+    def _resolved(self, event: Resolved) -> str:
+        self._alike = None
+        return f"{self._when(event)}resolved: request {event.request:#x} went on after {event.after_s:.2f} s"
+
+
+def _home_of(pool: PoolInfo) -> str:
+    if pool.home_tid is None:
+        return "a thread that could not be found out"
+    return f"thread {pool.home_tid} ({pool.home_name})"
+
+
+def _row(title: str, latency: Latency) -> list[str | int]:
+    figures = (latency.p50, latency.p90, latency.p99, latency.max)
+    return [title, latency.count, *(microseconds(value) for value in figures)]

@@ -1,0 +1,50 @@
+"""Requests followed by looking at memory again and again, for a trace without probes.
+
+Knows: that a request is the same one when address, function, argument and opaque are. Requests that
+come and go between two samples are not seen; the ages count from the first look that saw the state.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from tracer.layout import RequestState
+from tracer.pools import Pool, PoolReader, Request
+from tracer.probes import FLAG_BEFORE, Record
+
+
+@dataclass
+class MemorySampler:
+    """Gives the records that the probes would give, from samples of the pools' lists."""
+
+    reader: PoolReader
+    pools: list[Pool]
+    _records: dict[int, tuple[Request, Record]] = field(default_factory=dict)
+
+    def sample(self, now_ns: int) -> None:
+        """Read all pools; `now_ns` is CLOCK_MONOTONIC."""
+        fresh: dict[int, tuple[Request, Record]] = {}
+        for pool in self.pools:
+            for request in self.reader.requests(pool).requests:
+                fresh[request.address] = (request, self._follow(request, now_ns))
+        self._records = fresh
+
+    def _follow(self, request: Request, now_ns: int) -> Record:
+        known = self._records.get(request.address)
+        done = request.state == RequestState.THREAD_DONE
+        if known is None or not _same(known[0], request):
+            return Record(request.address, now_ns, now_ns if done else 0, "other", FLAG_BEFORE)
+        record = known[1]
+        if done and not record.done_ns:
+            return Record(request.address, record.submit_ns, now_ns, record.kind, record.flags)
+        return record
+
+    def records(self) -> dict[int, Record]:
+        """The requests of the last sample, by address."""
+        return {address: record for address, (_, record) in self._records.items()}
+
+
+def _same(then: Request, now: Request) -> bool:
+    if then.state == RequestState.THREAD_DONE and now.state != RequestState.THREAD_DONE:
+        return False
+    return (then.func, then.arg, then.opaque, then.callback) == (now.func, now.arg, now.opaque, now.callback)
