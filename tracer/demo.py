@@ -1,0 +1,121 @@
+"""The whole story on a small guest of our own: boot, trace, lose a completion, alert, free, go on.
+
+Knows: the order of the story. Everything it does to a QEMU, it does to the lab's own throw-away one.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from tracer.errors import AioTraceError, LabError
+from tracer.events import Alert, Attached, Event, Resolved
+from tracer.lab.faults import lose_guest_io
+from tracer.lab.guest import Guest, Workload, guest
+from tracer.probes import check_host
+from tracer.session import Options, Session, Stop
+from tracer.watch import Settings
+
+DEADLINE_S = 1.0
+INTERVAL_S = 3.0
+STANDSTILL_S = 3.0
+PATIENCE_S = 30.0
+STEPS = 6
+
+
+class Demo:
+    """One performance. `emit` gets the tracer's events, `progress` what people read in between."""
+
+    def __init__(self, emit: Callable[[Event], None], progress: Callable[[str], None]) -> None:
+        self._emit = emit
+        self._progress = progress
+        self._events: queue.Queue[Event | BaseException] = queue.Queue()
+        self._step = 0
+
+    def run(self) -> None:
+        """The whole story; LabError where it does not go as it should. Leaves nothing behind."""
+        check_host()
+        self._say("booting a small Linux guest in an emulated QEMU; it writes to its disk all the time")
+        with guest(Workload(mix=("write", "flush"), pause=0.02)) as machine:
+            self._progress(f"  QEMU is process {machine.pid}; its guest has finished {machine.progress()} writes")
+            self._say(f"what an operator types:  sudo aio-trace --pid {machine.pid}")
+            with self._traced(machine):
+                self._expect(Attached)
+                self._healthy(machine)
+                self._lose(machine)
+        self._progress("")
+        self._progress("That is all. The guest is gone, nothing is left behind. On a hypervisor of yours:")
+        self._progress("  sudo aio-trace --pid PID")
+
+    def _say(self, text: str) -> None:
+        self._step += 1
+        self._progress(f"\n[{self._step}/{STEPS}] {text}")
+
+    @contextmanager
+    def _traced(self, machine: Guest) -> Iterator[None]:
+        stop = Stop()
+        options = Options(Settings(deadline_s=DEADLINE_S), interval_s=INTERVAL_S)
+        session = Session([machine.pid], options, self._on_event, stop)
+        thread = threading.Thread(target=self._trace, args=(session,), name="aio-trace")
+        thread.start()
+        try:
+            yield
+        finally:
+            stop.request()
+            thread.join()
+
+    def _trace(self, session: Session) -> None:
+        try:
+            session.run(time.monotonic())
+        except BaseException as error:
+            self._events.put(error)
+
+    def _on_event(self, event: Event) -> None:
+        self._emit(event)
+        self._events.put(event)
+
+    def _expect(self, kind: type[Event]) -> Event:
+        """The next event of that kind; raises what ended the trace instead."""
+        end = time.monotonic() + PATIENCE_S
+        while True:
+            try:
+                event = self._events.get(timeout=max(0.0, end - time.monotonic()))
+            except queue.Empty as error:
+                raise LabError(f"no {kind.__name__.lower()} event came within {PATIENCE_S:.0f} s") from error
+            if isinstance(event, AioTraceError):
+                raise event
+            if isinstance(event, BaseException):
+                raise LabError(f"the trace ended: {event!r}")
+            if isinstance(event, kind):
+                return event
+
+    def _healthy(self, machine: Guest) -> None:
+        self._say("a healthy disk: every request comes back within milliseconds, no alert")
+        machine.wait_progress(50)
+        time.sleep(INTERVAL_S)
+
+    def _lose(self, machine: Guest) -> None:
+        self._say("now QEMU loses one completion, as the builds with the bug do")
+        lost = lose_guest_io(machine)
+        alert = self._expect(Alert)
+        self._say("the guest's disk stands still; the storage, the host and QEMU's monitor are fine")
+        self._stands_still(machine)
+        self._say("one tiny read in the same pool: its completion takes the lost one along")
+        lost.free()
+        self._expect(Resolved)
+        before = machine.progress()
+        after = machine.wait_progress(20)
+        self._progress(f"  the guest goes on: {after - before} more writes, {after} in all, none failed")
+        if not isinstance(alert, Alert) or alert.cause != "lost-wakeup":
+            raise LabError(f"the alert's cause was {getattr(alert, 'cause', None)}, not lost-wakeup")
+
+    def _stands_still(self, machine: Guest) -> None:
+        before = machine.progress()
+        time.sleep(STANDSTILL_S)
+        after = machine.progress()
+        if after != before:
+            raise LabError(f"the guest went on by itself: {after - before} writes in {STANDSTILL_S:.0f} s")
+        self._progress(f"  {before} writes then, {after} writes {STANDSTILL_S:.0f} s later: it hangs")

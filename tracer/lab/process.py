@@ -1,0 +1,155 @@
+"""Child processes that cannot outlive the lab, and what may be done to them.
+
+Knows: how to start a process so that it dies with the lab, how to tell such a process from any
+other, its threads, its memory. Does not know QEMU. Whatever writes, stops or kills asks
+`refuse_foreign` first: only direct children of this process that carry this lab's token pass.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import secrets
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import IO, TypeVar
+
+from tracer.errors import LabError
+
+MARKER = "AIO_TRACE_LAB"
+TOKEN = secrets.token_hex(8)
+PR_SET_PDEATHSIG = 1
+
+T = TypeVar("T")
+
+
+def wait_until(probe: Callable[[], T], timeout: float = 30.0, what: str = "the condition") -> T:
+    """Poll `probe` until it returns something true, and return that; LabError after `timeout` seconds."""
+    deadline = time.monotonic() + timeout
+    pause = 0.001
+    while True:
+        if result := probe():
+            return result
+        if time.monotonic() > deadline:
+            raise LabError(f"waited {timeout:g} s for {what}")
+        time.sleep(pause)
+        pause = min(pause * 1.5, 0.05)
+
+
+def spawn(argv: Sequence[str], output: IO[bytes], chroot: Path | None = None) -> subprocess.Popen[bytes]:
+    """Start `argv` (inside `chroot`), both outputs to `output`, so that it is killed when the lab ends.
+
+    The kernel sends that signal when the *thread* ends that started the child, so only the main
+    thread may. A session of its own keeps a terminal's Ctrl-C for the lab, which then cleans up.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        raise LabError("the lab starts processes from the main thread only")
+    libc = ctypes.CDLL(None, use_errno=True)
+    parent = os.getpid()
+
+    def in_child() -> None:
+        libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+        if os.getppid() != parent:  # the lab died before the line above
+            os._exit(1)
+        if chroot is not None:
+            os.chroot(chroot)
+            os.chdir("/")
+
+    try:
+        return subprocess.Popen(
+            list(argv),
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, MARKER: TOKEN},
+            preexec_fn=in_child,
+            start_new_session=True,
+        )
+    except (OSError, subprocess.SubprocessError) as error:
+        raise LabError(f"cannot start {argv[0]}: {error}", f"install {Path(argv[0]).name}") from error
+
+
+def end(process: subprocess.Popen[bytes]) -> None:
+    """Kill a child of the lab and reap it."""
+    if process.poll() is None:
+        process.kill()
+    process.wait()
+
+
+def is_own(pid: int) -> bool:
+    """Whether this lab started the process: it carries the token and is our child."""
+    try:
+        environment = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+        parent = int(_stat_fields(Path(f"/proc/{pid}/stat"))[1])
+    except (OSError, IndexError):
+        return False
+    return f"{MARKER}={TOKEN}".encode() in environment and parent == os.getpid()
+
+
+def refuse_foreign(pid: int) -> None:
+    """LabError unless `pid` is a living process that this lab started."""
+    if not is_own(pid):
+        raise LabError(f"process {pid} was not started by this lab (or has ended); it will not be touched")
+
+
+def peek(pid: int, address: int, size: int) -> bytes:
+    """Exactly `size` bytes of an own process's memory."""
+    refuse_foreign(pid)
+    return _peek(pid, address, size)
+
+
+def _peek(pid: int, address: int, size: int) -> bytes:
+    descriptor = os.open(f"/proc/{pid}/mem", os.O_RDONLY)
+    try:
+        data = os.pread(descriptor, size, address)
+    except OSError as error:
+        raise LabError(f"cannot read {size} bytes at {address:#x} of process {pid}: {error}") from error
+    finally:
+        os.close(descriptor)
+    if len(data) != size:
+        raise LabError(f"read {len(data)} of {size} bytes at {address:#x} of process {pid}")
+    return data
+
+
+def poke(pid: int, address: int, data: bytes) -> None:
+    """Write to an own process's memory."""
+    refuse_foreign(pid)
+    descriptor = os.open(f"/proc/{pid}/mem", os.O_WRONLY)
+    try:
+        os.pwrite(descriptor, data, address)
+    finally:
+        os.close(descriptor)
+
+
+def stop_process(pid: int) -> None:
+    """SIGSTOP an own process and wait until every thread of it stands."""
+    refuse_foreign(pid)
+    os.kill(pid, signal.SIGSTOP)
+    wait_until(lambda: set(thread_states(pid)) <= set("Tt"), what=f"process {pid} to stop")
+
+
+def continue_process(pid: int) -> None:
+    """SIGCONT an own process and wait until no thread of it is stopped."""
+    refuse_foreign(pid)
+    os.kill(pid, signal.SIGCONT)
+    wait_until(lambda: "T" not in thread_states(pid), what=f"process {pid} to continue")
+
+
+def thread_states(pid: int) -> list[str]:
+    """The state letter of every thread, as in `ps`."""
+    states = []
+    for stat in Path(f"/proc/{pid}/task").glob("*/stat"):
+        try:
+            states.append(_stat_fields(stat)[0])
+        except OSError:  # the thread ended meanwhile
+            continue
+    return states
+
+
+def _stat_fields(path: Path) -> list[str]:
+    """The fields of a /proc stat file after the name: state, parent, …"""
+    return path.read_text(errors="replace").rpartition(")")[2].split()
