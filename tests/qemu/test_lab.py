@@ -17,6 +17,7 @@ import pytest
 from tracer.errors import LabError
 from tracer.lab import faults
 from tracer.lab.guest import OPERATIONS, Guest, Workload, guest
+from tracer.lab.kicks import lose_kick
 from tracer.lab.nbd import KINDS
 from tracer.lab.process import MARKER, TOKEN, continue_process, is_own, peek, poke, stop_process, wait_until
 from tracer.lab.qemu import Drive, Qemu, TraceCounts, paused
@@ -158,7 +159,9 @@ def test_a_worker_waits_for_held_storage(on_slow_storage: tuple[Qemu, faults.Poo
     qemu, pool = on_slow_storage
     qemu.submit("d0", "write")
     target = open_target(qemu.pid)
-    qemu.wait_until(lambda: any(thread.syscall and thread.syscall.name == "pwrite64" for thread in target.threads()))
+    qemu.wait_until(
+        lambda: any(thread.syscall and thread.syscall.name == "pwrite64" for thread in target.threads())
+    )
     assert list(faults.requests_of(qemu, pool).values()) == [RequestState.THREAD_ACTIVE]
 
 
@@ -170,21 +173,48 @@ def test_held_storage_fills_the_pool(on_slow_storage: tuple[Qemu, faults.PoolHan
     qemu.wait_until(lambda: Counter(faults.requests_of(qemu, pool).values()) == full)
 
 
+@pytest.mark.parametrize("iothread", [None, "io0"])
+@pytest.mark.parametrize("unpolled", [False, True])
+def test_a_loop_sleeps_through_its_kick(iothread: str | None, unpolled: bool) -> None:
+    with storage() as slow, paused([slow.drive(iothread=iothread)]) as qemu:
+        pool = faults.pool_of(qemu, "d0")
+        scheduled = pool.layout.bottom_half.scheduled_mask
+        lost = lose_kick(qemu, slow, pool, unpolled=unpolled)
+        for _ in range(20):
+            assert faults.requests_of(qemu, pool) == {lost.request: RequestState.THREAD_DONE}
+            assert faults.bottom_half_flags(qemu, pool) & scheduled
+        qemu.kick("d0")
+        qemu.wait_until(lambda: not faults.requests_of(qemu, pool))
+
+
 # What it refuses
 
 
-def test_a_foreign_process_is_refused() -> None:
-    with subprocess.Popen(["sleep", "600"]) as foreign:
-        for act in (
-            lambda: stop_process(foreign.pid),
-            lambda: continue_process(foreign.pid),
-            lambda: peek(foreign.pid, 0, 1),
-            lambda: poke(foreign.pid, 0, b"\0"),
-        ):
-            with pytest.raises(LabError, match="not started by this lab"):
-                act()
-        assert open_target(foreign.pid).threads()[0].state == "S"
-        foreign.kill()
+@pytest.fixture
+def foreign() -> Iterator[int]:
+    """A process of somebody else, asleep."""
+    with subprocess.Popen(["sleep", "600"]) as process:
+        try:
+            wait_until(lambda: states_of(process.pid) == {"S"}, what="sleep to sleep")
+            yield process.pid
+        finally:
+            process.kill()
+
+
+def states_of(pid: int) -> set[str]:
+    return {thread.state for thread in open_target(pid).threads()}
+
+
+def test_a_foreign_process_is_refused(foreign: int) -> None:
+    for act in (
+        lambda: stop_process(foreign),
+        lambda: continue_process(foreign),
+        lambda: peek(foreign, 0, 1),
+        lambda: poke(foreign, 0, b"\0"),
+    ):
+        with pytest.raises(LabError, match="not started by this lab"):
+            act()
+    assert states_of(foreign) == {"S"}
 
 
 def test_the_token_alone_does_not_make_a_process_ours() -> None:
@@ -193,14 +223,16 @@ def test_the_token_alone_does_not_make_a_process_ours() -> None:
     with subprocess.Popen(["sh", "-c", shell], stdout=subprocess.PIPE, text=True, env=environment) as parent:
         assert parent.stdout is not None
         grandchild = int(parent.stdout.readline())
-        assert not is_own(grandchild)
-        os.kill(grandchild, signal.SIGKILL)
+        try:
+            assert not is_own(grandchild)
+        finally:
+            os.kill(grandchild, signal.SIGKILL)
 
 
 def test_its_own_process_is_not_refused(paused_qemu: Qemu) -> None:
     assert is_own(paused_qemu.pid)
     with faults.stopped(paused_qemu):
-        assert {thread.state for thread in open_target(paused_qemu.pid).threads()} == {"T"}
+        assert states_of(paused_qemu.pid) == {"T"}
 
 
 # What it leaves behind

@@ -60,7 +60,7 @@ class LostCompletion:
 
     def still_lost(self) -> bool:
         """Whether they still stand in the list, THREAD_DONE, with nobody told."""
-        return _stuck(self.qemu, self.pool) == self.requests and not _flags(self.qemu, self.pool)
+        return _stuck(self.qemu, self.pool) == self.requests and not bottom_half_flags(self.qemu, self.pool)
 
     def free(self) -> None:
         """See free()."""
@@ -95,7 +95,9 @@ def locate_pools(qemu: Qemu) -> list[PoolHandle]:
 # A lost completion
 
 
-def lose(qemu: Qemu, drive: str = "d0", kind: str = "write", pool: PoolHandle | None = None) -> LostCompletion:
+def lose(
+    qemu: Qemu, drive: str = "d0", kind: str = "write", pool: PoolHandle | None = None
+) -> LostCompletion:
     """Send one request of that kind (read, write, flush, discard) to the drive and lose its completion."""
     handle = pool or pool_of(qemu, drive)
     # QEMU skips a flush when nothing was written since the last one.
@@ -156,7 +158,7 @@ def _attempt(
     finally:
         lost = _unmark(qemu, pool)
     qemu.kick(drive)
-    return lost if lost and _stuck(qemu, pool) == lost and not _flags(qemu, pool) else ()
+    return lost if lost and _stuck(qemu, pool) == lost and not bottom_half_flags(qemu, pool) else ()
 
 
 def _wait_stuck(qemu: Qemu, pool: PoolHandle, settle: float, timeout: float) -> None:
@@ -178,7 +180,11 @@ def _wait_stuck(qemu: Qemu, pool: PoolHandle, settle: float, timeout: float) -> 
 def _hide_schedule(qemu: Qemu, pool: PoolHandle) -> None:
     """Take the scheduled flag off that marked requests leave, so that they look lost from the start."""
     bottom_half = pool.layout.bottom_half
-    if _flags(qemu, pool) == bottom_half.pending_mask | bottom_half.scheduled_mask != bottom_half.pending_mask:
+    if (
+        bottom_half_flags(qemu, pool)
+        == bottom_half.pending_mask | bottom_half.scheduled_mask
+        != bottom_half.pending_mask
+    ):
         _set_flags(qemu, pool, bottom_half.pending_mask)
 
 
@@ -202,12 +208,12 @@ def _mark(qemu: Qemu, drive: str, pool: PoolHandle, timeout: float) -> None:
     mask = pool.layout.bottom_half.pending_mask
 
     def try_to_mark() -> bool:
-        if _flags(qemu, pool):
+        if bottom_half_flags(qemu, pool):
             qemu.kick(drive)
-        if _flags(qemu, pool):
+        if bottom_half_flags(qemu, pool):
             return False
         with stopped(qemu):
-            idle = not _flags(qemu, pool)
+            idle = not bottom_half_flags(qemu, pool)
             if idle:
                 _set_flags(qemu, pool, mask)
         return idle
@@ -218,7 +224,7 @@ def _mark(qemu: Qemu, drive: str, pool: PoolHandle, timeout: float) -> None:
 def _unmark(qemu: Qemu, pool: PoolHandle) -> tuple[int, ...]:
     """Take the mark off; the requests that are lost by that, or none if the mark was gone."""
     with stopped(qemu):
-        if not _flags(qemu, pool):  # the loop ran it in spite of the mark: up to 4.2 it may
+        if not bottom_half_flags(qemu, pool):  # the loop ran it in spite of the mark: up to 4.2 it may
             return ()
         _set_flags(qemu, pool, 0)
         return _stuck(qemu, pool)
@@ -241,7 +247,8 @@ def _stuck(qemu: Qemu, pool: PoolHandle) -> tuple[int, ...]:
     return () if any(state in _IN_FLIGHT for state in states.values()) else tuple(sorted(states))
 
 
-def _flags(qemu: Qemu, pool: PoolHandle) -> int:
+def bottom_half_flags(qemu: Qemu, pool: PoolHandle) -> int:
+    """The flags (up to QEMU 4.2: the byte `scheduled`) of the pool's completion bottom half."""
     layout = pool.layout.bottom_half
     return _word(qemu, pool.bottom_half + layout.flags, layout.flags_width)
 
@@ -302,14 +309,18 @@ def stalled_main_loop(qemu: Qemu, ahead: str | None = None, timeout: float = 10.
         monitor.sendall(b"".join(commands))
         try:
             target = open_target(qemu.pid)
-            qemu.wait_until(lambda: main_system_call(target) == "openat", timeout, "the main loop to be stuck")
+            qemu.wait_until(
+                lambda: main_system_call(target) == "openat", timeout, "the main loop to be stuck"
+            )
             yield stall
         finally:
             stall.release()
 
 
 @contextlib.contextmanager
-def stalled_completion(qemu: Qemu, drive: str, pool: PoolHandle, attempts: int = 50) -> Iterator[tuple[int, ...]]:
+def stalled_completion(
+    qemu: Qemu, drive: str, pool: PoolHandle, attempts: int = 50
+) -> Iterator[tuple[int, ...]]:
     """As stalled_main_loop(), with requests of a drive of the main loop that reach THREAD_DONE meanwhile.
 
     Yields their addresses. The write is large, so that it lasts longer than the loop's way into the stall.

@@ -14,22 +14,19 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from tracer.lab.process import continue_process, stop_process
-from tracer.lab.qemu import MIB, STORAGE_DAEMON, Drive, Qemu, make_place, start
+from tracer.lab.qemu import MIB, STORAGE_DAEMON, Drive, Place, Qemu, make_place, start
 
 MNT_DETACH = 2
 
 
 class Storage(Qemu):
-    """The daemon behind such a file."""
+    """The daemon behind such a file; it runs outside of any chroot."""
 
-    @property
-    def file(self) -> Path:
-        """The file to give to a QEMU as its disk."""
-        return self.folder / "disk"
+    disk = Path()  # the file, as a QEMU finds it
 
     def drive(self, name: str = "d0", iothread: str | None = None) -> Drive:
         """A drive on it; without the host's page cache, which would answer in the storage's place."""
-        return Drive(name, iothread=iothread, cache="none", file=self.file)
+        return Drive(name, iothread=iothread, cache="none", file=self.disk)
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
@@ -45,14 +42,15 @@ class Storage(Qemu):
 
 
 def storage(size: int = 64 * MIB, chroot: Path | None = None) -> Storage:
-    """Start it; the file is there when this returns. A QEMU in `chroot` finds it by drive()."""
+    """Start it; the file is there when this returns. drive() is for QEMUs in the same `chroot`."""
     place = make_place(chroot)
     backing = place.folder / "backing"
     disk = place.folder / "disk"
     for path in (backing, disk):
         path.touch()
     os.truncate(backing, size)
-    daemon = start(place, _arguments(backing, disk), [], "output", Storage, has_hmp=False)
+    daemon = start(Place(place.folder, None), _arguments(backing, disk), [], "output", Storage, has_hmp=False)
+    daemon.disk = Path(place.inside("disk"))
     daemon.on_exit(lambda: _unmount(disk))
     try:
         daemon.wait_until(lambda: os.path.ismount(disk), what="the FUSE export")
