@@ -31,7 +31,7 @@ from tracer.errors import (  # noqa: E402
     HostError,
     NoSuchProcess,
 )
-from tracer.events import Event  # noqa: E402
+from tracer.events import Event, Failure  # noqa: E402
 
 UNITS_S = {"us": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0}
 MAX_DURATION_S = 365 * 24 * 3600.0
@@ -73,9 +73,21 @@ class Streams:
         try:
             print(text, file=sys.stderr, flush=True)
         except OSError:
-            null = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(null, 1)
-            os.dup2(null, 2)
+            _to_nobody()
+
+
+def _to_nobody() -> None:
+    """What is left to be said on standard error, and at the end of Python, goes nowhere."""
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, 1)
+    os.dup2(null, 2)
+
+
+def _show(error: click.ClickException) -> None:
+    try:
+        error.show()
+    except OSError:
+        _to_nobody()
 
 
 def _open_standard_streams() -> None:
@@ -194,17 +206,23 @@ def aio_trace(
 
 
 def _trace(pids: Sequence[int], everything: bool, options: Any, as_json: bool, verbose: bool) -> int:
-    from tracer.report import JsonWriter, TableWriter, Writer
+    from tracer.report import JsonWriter, TableWriter
     from tracer.session import Session, Stop
 
     stop = Stop()
     _handle_signals(stop.request)
     streams = Streams()
     chosen = list(dict.fromkeys([*pids, *(_every_qemu() if everything else [])]))
-    writer: Writer = (
-        JsonWriter(streams.out) if as_json else TableWriter(streams.out, streams.progress, len(chosen) > 1, verbose)
-    )
-    session = Session(chosen, options, _checked(writer.write), stop, streams.progress, streams.out_fd)
+    lines, table = JsonWriter(streams.out), TableWriter(streams.out, streams.progress, len(chosen) > 1, verbose)
+
+    def write(event: Event) -> None:
+        if as_json:
+            lines.write(event)
+        # What failed is told to people in either case.
+        if not as_json or isinstance(event, Failure):
+            table.write(event)
+
+    session = Session(chosen, options, _checked(write), stop, streams.progress, streams.out_fd)
     try:
         if not chosen:
             raise NoSuchProcess("no QEMU was found on this host", "sudo aio-trace --all")
@@ -289,7 +307,6 @@ def _report(
 ) -> None:
     """One sentence and a hint on standard error; with --json also an `error` object on standard output."""
     if as_json:
-        from tracer.events import Failure
         from tracer.report import as_json as event_json
 
         with suppress(OSError):
@@ -310,10 +327,10 @@ def main() -> None:
     except click.exceptions.Abort:
         code = EXIT_OK
     except click.UsageError as error:
-        error.show()
+        _show(error)
         code = EXIT_USAGE
     except click.ClickException as error:
-        error.show()
+        _show(error)
         code = EXIT_FAILED
     except click.exceptions.Exit as error:
         code = error.exit_code

@@ -52,15 +52,18 @@ def _difference(now: Histogram, then: Histogram) -> Histogram:
 def latency(histogram: Histogram) -> Latency:
     """Percentiles of one stage in microseconds: the upper bound of the bucket, no more than the maximum."""
     buckets = [(bucket_upper_ns(i), count) for i, count in enumerate(histogram.buckets) if count]
-    # The counters are read while the probes count on: the buckets are their own sum.
+    # The counters are read while the probes count on: the buckets are their own sum, and the maximum may
+    # be older than they are.
     count = sum(n for _, n in buckets)
+    highest = max((i for i, n in enumerate(histogram.buckets) if n), default=0)
+    most = max(histogram.max_ns, bucket_upper_ns(highest - 1) + 1 if highest else 0)
 
     def percentile(share: float) -> float | None:
         rank, passed = share * count, 0
         for upper, n in buckets:
             passed += n
             if passed >= rank:
-                return min(upper, histogram.max_ns) / 1e3
+                return min(upper, most) / 1e3
         return None
 
     return Latency(
@@ -68,7 +71,7 @@ def latency(histogram: Histogram) -> Latency:
         percentile(0.50) if count else None,
         percentile(0.90) if count else None,
         percentile(0.99) if count else None,
-        histogram.max_ns / 1e3 if count else None,
+        most / 1e3 if count else None,
         tuple((upper / 1e3, n) for upper, n in buckets),
     )
 

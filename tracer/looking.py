@@ -14,13 +14,17 @@ from tracer.build import Loaded
 from tracer.errors import FaultError, LayoutError
 from tracer.layout import RequestState
 from tracer.memory import LiveMemory, read_string
-from tracer.pools import Pool, Request
+from tracer.pools import Pool, Request, ThreadCounts
 from tracer.posix_aio import Operation
 from tracer.target import FILE_SYSCALLS, Target, Thread
 from tracer.verdict import Facts, Look
 
 LOOKS = 3
+#: As many where nobody was told and the home thread has not been seen in its poll: it may be coming round.
+LOOKS_FOR_POLL = 25
 LOOK_PAUSE_S = 0.004
+LOOKS_FOR_IDLE = 10
+ATTEMPTS = 3
 
 
 @dataclass(frozen=True)
@@ -64,6 +68,11 @@ class Looker:
 
     def look(self, address: int, age_s: float) -> Finding | None:
         """All about the request at `address`; None when it is not on its pool's list: it is gone."""
+        # One that went from QUEUED to ACTIVE or DONE under our eyes is not gone.
+        return next(filter(None, (self._look(address, age_s) for _ in range(ATTEMPTS))), None)
+
+    def _look(self, address: int, age_s: float) -> Finding | None:
+        """As look(), but None also when the request changed meanwhile."""
         try:
             request = self._reader.request(address)
         except (FaultError, LayoutError):
@@ -92,13 +101,13 @@ class Looker:
 
     def _process_stopped(self) -> bool:
         threads = self._target.threads()
-        return bool(threads) and all(thread.stopped for thread in threads)
+        return self._target.frozen or (bool(threads) and all(thread.stopped for thread in threads))
 
     def _done_facts(self, pool: Pool, request: Request, facts: Facts) -> Facts | None:
         """Several looks at bottom half and home thread; None when the request went on meanwhile."""
         looks: list[Look] = []
         thread = None
-        while len(looks) < LOOKS:
+        while len(looks) < LOOKS or (len(looks) < LOOKS_FOR_POLL and _worth_looking_on(looks)):
             if looks:
                 time.sleep(LOOK_PAUSE_S)
             thread = self.home(pool.context)
@@ -154,11 +163,21 @@ class Looker:
             return f"{call.name} of {path}" if path else call.name
         return call.name
 
-    def _waiting_facts(self, pool: Pool, request: Request, operation: Operation, facts: Facts) -> Facts:
+    def _counts(self, pool: Pool) -> ThreadCounts:
+        """The thread counters. Up to 7.0 each worker is idle for a moment after each request: that does not count."""
+        seen = [self._reader.threads(pool)]
+        while seen[-1].idle and len(seen) < LOOKS_FOR_IDLE:
+            time.sleep(LOOK_PAUSE_S)
+            seen.append(self._reader.threads(pool))
+        return seen[-1]
+
+    def _waiting_facts(self, pool: Pool, request: Request, operation: Operation, facts: Facts) -> Facts | None:
         try:
-            counts = self._reader.threads(pool)
+            counts = self._counts(pool)
         except FaultError:
             counts = None
+        if not self._same(request):
+            return None
         worker = self._worker_on(operation) if request.state == RequestState.THREAD_ACTIVE else None
         return replace(
             facts,
@@ -181,3 +200,8 @@ class Looker:
         ]
         exact = [thread for thread in workers if thread.syscall and operation.offset in thread.syscall.args]
         return next(iter(exact or workers), None)
+
+
+def _worth_looking_on(looks: list[Look]) -> bool:
+    """Whether only a look at the home thread in its poll is missing for a verdict."""
+    return not any(look.scheduled or look.parked is not False for look in looks)

@@ -15,7 +15,7 @@ from typing import Protocol
 from tracer.errors import FaultError, NotPermitted, TargetExited
 from tracer.target import Region, Target
 
-PAGE = 4096
+PAGE = os.sysconf("SC_PAGE_SIZE")
 CHUNK = 1 << 20
 PAGE_PRESENT_OR_SWAPPED = (1 << 63) | (1 << 62)  # Documentation/admin-guide/mm/pagemap.rst
 #: A malloc arena of glibc is at most 64 MiB; anything larger is guest RAM or a cache of such a kind.
@@ -93,7 +93,10 @@ class LiveMemory:
 
     def chunks(self, regions: Iterable[Region]) -> Iterator[tuple[int, bytes]]:
         """(address, bytes) of all pages that exist; pages never touched stay untouched."""
-        pagemap = os.open(f"/proc/{self._target.pid}/pagemap", os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            pagemap = os.open(f"/proc/{self._target.pid}/pagemap", os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            raise TargetExited(f"process {self._target.pid} has ended") from error
         try:
             for region in regions:
                 for start, end in _existing(pagemap, region):

@@ -16,6 +16,8 @@ from tracer.layout import Layout, RequestState
 from tracer.memory import MemoryReader, read_u64
 
 MAX_REQUESTS = 65536
+#: How often a list that changes while it is read is read again.
+WALKS = 5
 #: QEMU allows at most 64 threads a pool by default; anything far above is not a thread counter.
 MAX_THREADS = 1 << 20
 
@@ -192,9 +194,19 @@ class PoolReader:
             return RequestList(tuple(found), error.message)
         return RequestList(tuple(found))
 
+    def patient_requests(self, pool: Pool) -> RequestList:
+        """As requests(); a list that was torn is read again, and what was seen of it put together."""
+        found: dict[int, Request] = {}
+        for _ in range(WALKS):
+            listed = self.requests(pool)
+            found |= {request.address: request for request in listed.requests}
+            if listed.torn is None:
+                return listed
+        return RequestList(tuple(found.values()), listed.torn)
+
     def holds(self, pool: Pool, address: int) -> bool | None:
         """Whether the element is on the pool's list; None when that could not be read to the end."""
-        for _ in range(5):
+        for _ in range(WALKS):
             listed = self.requests(pool)
             if any(request.address == address for request in listed.requests):
                 return True

@@ -264,8 +264,8 @@ class Probes:
                 break
         else:
             raise _translated("compile and load the probes", error, output)
-        self._requests = self._bpf["requests"]
-        self._statistics = self._bpf["statistics"]
+        self._requests = self._bpf[b"requests"]
+        self._statistics = self._bpf[b"statistics"]
         self._cpus = _possible_cpus()
         self._lib = bcc.libbcc.lib
 
@@ -378,8 +378,16 @@ class Probes:
 
     def close(self) -> None:
         """Detach and unload; what BCC prints about tracefs meanwhile is of no interest."""
-        with _quiet() as output, suppress(Exception):
-            self._bpf.cleanup()
+        with _quiet() as output:
+            for name in list(self._bpf.uprobe_fds):
+                # Closing the descriptor detaches; what bcc does after it fails without tracefs, and would
+                # leave the others attached.
+                with suppress(Exception):
+                    self._bpf.detach_uprobe_event(name)
+                with suppress(KeyError):
+                    self._bpf._del_uprobe_fd(name)
+            with suppress(Exception):
+                self._bpf.cleanup()
         # BCC would clean up again when Python ends, and fail noisily.
         atexit.unregister(self._bpf.cleanup)
         self.log += output.text

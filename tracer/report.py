@@ -230,7 +230,9 @@ class TableWriter:
         elif isinstance(event, TargetEnded):
             self._progress(f"{self._of(event)}{event.reason}")
         elif isinstance(event, Failure):
-            self._progress(event.message)
+            self._progress(f"aio-trace: {self._of(event)}{event.message}")
+            if event.hint:
+                self._progress(f"  try: {event.hint}")
 
     def _print(self, text: str) -> None:
         self._out.write(text + "\n")
@@ -273,13 +275,14 @@ class TableWriter:
             if value is not None and (value or name != "cancelled")
         ]
         title = f"summary of {event.period_s:.1f} s" if event.final else f"last {event.period_s:.1f} s"
-        lines = [f"{self._when(event)}{title}: " + ", ".join(parts)]
+        lines = [textwrap.fill(f"{self._when(event)}{title}: " + ", ".join(parts), WIDTH, subsequent_indent="  ")]
         table = self._latencies(event)
         if table:
             lines.append(table)
         if event.lost_records:
             lines.append(f"{event.lost_records} records were lost: the counts above are too low.")
-        return "\n".join([*lines, *(f"note: {note}" for note in event.notes)])
+        lines += [textwrap.fill(f"note: {note}", WIDTH, subsequent_indent="  ") for note in event.notes]
+        return "\n".join(lines)
 
     def _latencies(self, event: Counts) -> str:
         rows = [_row(STAGE_TITLES[stage], latency) for stage, latency in event.latency.items()]

@@ -25,8 +25,12 @@ class MemorySampler:
         """Read all pools; `now_ns` is CLOCK_MONOTONIC."""
         fresh: dict[int, tuple[Request, Record]] = {}
         for pool in self.pools:
-            for request in self.reader.requests(pool).requests:
+            listed = self.reader.patient_requests(pool)
+            for request in listed.requests:
                 fresh[request.address] = (request, self._follow(request, now_ns))
+            if listed.torn is not None:
+                # What could not be read is not gone for that.
+                fresh = {a: known for a, known in self._records.items() if known[0].pool == pool.address} | fresh
         self._records = fresh
 
     def _follow(self, request: Request, now_ns: int) -> Record:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 from tracer import probes
 from tracer.build import Build, read_build
-from tracer.errors import AioTraceError, HostError, NoSuchProcess, TargetExited
+from tracer.errors import AioTraceError, HostError, NoSuchProcess, SitesNotFound, TargetExited
 from tracer.events import Alert, Event, Failure
 from tracer.target import Target, open_target
 from tracer.watch import Settings, Watch
@@ -243,6 +243,8 @@ def _explained(target: Target, error: AioTraceError | OSError) -> AioTraceError:
     """The error as people should read it: much fails in odd ways when the process ends meanwhile."""
     if not target.alive:
         return NoSuchProcess(f"process {target.pid} ended while it was looked at")
+    if isinstance(error, SitesNotFound):
+        error.hint = error.hint or f"aio-trace check --pid {target.pid}"
     if isinstance(error, AioTraceError):
         return error
     return HostError(f"process {target.pid} cannot be looked at: {error}")

@@ -7,6 +7,7 @@ process.
 from __future__ import annotations
 
 import os
+import platform
 import re
 import struct
 from collections.abc import Iterator
@@ -16,11 +17,13 @@ from functools import cached_property
 
 from tracer.errors import NoSuchProcess, NotPermitted, NotQemu, TargetExited
 
-AT_NULL = 0
 AT_ENTRY = 9
 
+#: Programs with QEMU's block layer in them; not qemu-ga, nor the user-mode emulators such as qemu-aarch64.
+QEMU_NAME = re.compile(r"qemu-(system|kvm|storage-daemon|nbd|img|io)|^kvm\b")
+
 # System calls in which a thread may sleep for long, by number; arch/x86/entry/syscalls/syscall_64.tbl.
-SYSCALLS = {
+_SYSCALLS_X86_64 = {
     0: "read", 1: "write", 2: "open", 3: "close", 7: "poll", 16: "ioctl", 17: "pread64", 18: "pwrite64",
     19: "readv", 20: "writev", 23: "select", 35: "nanosleep", 42: "connect", 43: "accept", 44: "sendto",
     45: "recvfrom", 46: "sendmsg", 47: "recvmsg", 61: "wait4", 73: "flock", 74: "fsync", 75: "fdatasync",
@@ -31,6 +34,20 @@ SYSCALLS = {
     306: "syncfs", 326: "copy_file_range", 327: "preadv2", 328: "pwritev2", 426: "io_uring_enter",
     437: "openat2", 441: "epoll_pwait2", 449: "futex_waitv",
 }  # fmt: skip
+
+# The same for the architectures that came later; include/uapi/asm-generic/unistd.h.
+_SYSCALLS_GENERIC = {
+    2: "io_submit", 4: "io_getevents", 22: "epoll_pwait", 29: "ioctl", 32: "flock", 45: "truncate",
+    46: "ftruncate", 47: "fallocate", 56: "openat", 57: "close", 63: "read", 64: "write", 65: "readv",
+    66: "writev", 67: "pread64", 68: "pwrite64", 69: "preadv", 70: "pwritev", 72: "pselect6", 73: "ppoll",
+    81: "sync", 82: "fsync", 83: "fdatasync", 84: "sync_file_range", 95: "waitid", 98: "futex",
+    101: "nanosleep", 115: "clock_nanosleep", 117: "ptrace", 133: "rt_sigsuspend", 137: "rt_sigtimedwait",
+    202: "accept", 203: "connect", 206: "sendto", 207: "recvfrom", 211: "sendmsg", 212: "recvmsg",
+    242: "accept4", 243: "recvmmsg", 260: "wait4", 267: "syncfs", 285: "copy_file_range", 286: "preadv2",
+    287: "pwritev2", 426: "io_uring_enter", 437: "openat2", 441: "epoll_pwait2", 449: "futex_waitv",
+}  # fmt: skip
+
+SYSCALLS = _SYSCALLS_X86_64 if platform.machine() == "x86_64" else _SYSCALLS_GENERIC
 
 #: System calls whose first argument is a file descriptor worth naming.
 FILE_SYSCALLS = frozenset(
@@ -96,6 +113,24 @@ def _stat_fields(pid: int, tid: int | None = None) -> tuple[str, list[str]]:
     return text[text.index("(") + 1 : text.rindex(")")], text[text.rindex(")") + 2 :].split()
 
 
+def _freezers(text: str) -> Iterator[tuple[str, str]]:
+    """Where /proc/PID/cgroup leads to: a file, and the words in it that mean frozen; cgroups(7)."""
+    for line in text.splitlines():
+        _, controllers, path = line.split(":", 2)
+        if not controllers:
+            for root in ("/sys/fs/cgroup", "/sys/fs/cgroup/unified"):
+                yield f"{root}{path}/cgroup.events", "frozen 1"
+        elif "freezer" in controllers.split(","):
+            yield f"/sys/fs/cgroup/freezer{path}/freezer.state", "FROZEN"
+
+
+def _says(path: str, word: str) -> bool:
+    try:
+        return word in _read_text(path)
+    except OSError:
+        return False
+
+
 @dataclass(frozen=True)
 class Target:
     """A process by pid and start time (clock ticks since boot): a recycled pid is another process."""
@@ -114,9 +149,18 @@ class Target:
         """False when the process ended, is a zombie, or its pid belongs to another one."""
         try:
             _, fields = _stat_fields(self.pid)
-        except OSError:
+        except (OSError, ValueError):
             return False
         return fields[0] not in "ZX" and int(fields[19]) == self.start_time
+
+    @property
+    def frozen(self) -> bool:
+        """Stopped with its whole cgroup, as `docker pause` does it; the threads look asleep then."""
+        try:
+            text = _read_text(f"/proc/{self.pid}/cgroup")
+        except OSError:
+            return False
+        return any(_says(path, word) for path, word in _freezers(text))
 
     def check_alive(self) -> None:
         """Raise TargetExited unless `alive`."""
@@ -235,6 +279,6 @@ def find_qemus() -> list[int]:
         if not name.isdigit():
             continue
         with suppress(OSError):
-            if re.search("qemu|kvm", os.path.basename(os.readlink(f"/proc/{name}/exe"))):
+            if QEMU_NAME.search(os.path.basename(os.readlink(f"/proc/{name}/exe"))):
                 found.append(int(name))
     return sorted(found)

@@ -7,7 +7,6 @@ is None, and a rule that needs it says so instead of accusing.
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
@@ -73,7 +72,10 @@ class Verdict:
 def judge(facts: Facts) -> Verdict:
     """The cause of one late request."""
     if facts.process_stopped:
-        return Verdict(STOPPED, "The QEMU process is stopped by a signal or a debugger; nothing in it can go on.")
+        return Verdict(
+            STOPPED,
+            "The QEMU process is stopped by a signal, a debugger or a frozen cgroup; nothing in it can go on.",
+        )
     if facts.state == RequestState.THREAD_ACTIVE:
         return _judge_active(facts)
     if facts.state == RequestState.THREAD_QUEUED:
@@ -92,7 +94,8 @@ def _home(facts: Facts) -> str:
 
 def _judge_done(facts: Facts) -> Verdict:
     looks = facts.looks
-    if facts.missing or not looks or looks[-1].scheduled is None or looks[-1].parked is None:
+    parked = [look for look in looks if look.parked]
+    if facts.missing or not looks or any(look.scheduled is None or look.parked is None for look in looks):
         why = "; ".join(facts.missing) or "its bottom half or its home thread could not be read"
         return Verdict(
             UNKNOWN,
@@ -100,15 +103,21 @@ def _judge_done(facts: Facts) -> Verdict:
         )
     if looks[-1].home_state in ("T", "t"):
         return Verdict(STOPPED, f"The home thread, {_home(facts)}, is stopped by a signal or a debugger.")
-    if looks[-1].parked and all(look.scheduled is False for look in looks):
+    if parked and not any(look.scheduled for look in looks):
         return Verdict(
             LOST_WAKEUP,
             f"The worker finished this {_request(facts)} {facts.age_s:.1f} s ago, but nobody was told: its bottom "
-            f"half is not scheduled, and {_home(facts)} sleeps in {looks[-1].syscall}. This is a lost wake-up, a "
+            f"half is not scheduled, and {_home(facts)} sleeps in {parked[-1].syscall}. This is a lost wake-up, a "
             f"bug of QEMU; the storage is fine.",
         )
-    if looks[-1].parked and all(look.scheduled for look in looks) and _slept(looks):
+    if all(look.scheduled for look in looks) and _slept(looks):
         return _judge_kick(facts)
+    if parked:
+        return Verdict(
+            UNKNOWN,
+            f"The worker has finished this {_request(facts)}, and {_home(facts)} comes round to {parked[-1].syscall}, "
+            f"but bottom half and thread changed while they were looked at.",
+        )
     return _judge_loop(facts)
 
 
@@ -139,9 +148,15 @@ def _judge_kick(facts: Facts) -> Verdict:
 
 def _judge_loop(facts: Facts) -> Verdict:
     """The home thread neither sleeps in its poll nor was the notification lost."""
-    places = Counter(look.syscall for look in facts.looks)
+    places = {look.syscall for look in facts.looks}
     switches = {look.switches for look in facts.looks}
     last = facts.looks[-1]
+    if places == {None} and not any(look.home_state == "R" for look in facts.looks):
+        return Verdict(
+            UNKNOWN,
+            f"The worker finished this {_request(facts)}, but {_home(facts)} sleeps elsewhere; where, could not be "
+            f"read.",
+        )
     if len(places) == 1 and last.syscall is not None and len(switches) == 1 and last.home_state != "R":
         return Verdict(
             LOOP_BLOCKED,
@@ -151,34 +166,40 @@ def _judge_loop(facts: Facts) -> Verdict:
     where = ", ".join(sorted(place for place in places if place)) or "user space"
     return Verdict(
         LOOP_BUSY,
-        f"The worker finished this {_request(facts)}, but {_home(facts)} is busy on the CPU (seen in {where}) and "
-        f"does not come round to call its callback.",
+        f"The worker finished this {_request(facts)}, but {_home(facts)} is busy (seen in {where}) and does not come "
+        f"round to call its callback.",
     )
 
 
 def _judge_active(facts: Facts) -> Verdict:
-    where = facts.worker_syscall or "its work (no worker was seen in a system call on that file)"
-    who = f"worker {facts.worker_tid}" if facts.worker_tid else "a worker"
+    if facts.worker_syscall is None:
+        return Verdict(
+            WORKER_STUCK,
+            f"A worker has had this {_request(facts)} for {facts.age_s:.1f} s; none was seen in a system call on its "
+            f"file, so whether the storage holds it is not known. QEMU waits.",
+        )
     return Verdict(
         WORKER_STUCK,
-        f"The storage has held this {_request(facts)} for {facts.age_s:.1f} s: {who} is in {where}. QEMU waits.",
+        f"The storage has held this {_request(facts)} for {facts.age_s:.1f} s: worker {facts.worker_tid} is in "
+        f"{facts.worker_syscall}. QEMU waits.",
     )
 
 
 def _judge_queued(facts: Facts) -> Verdict:
     current, idle, most = facts.threads_current, facts.threads_idle, facts.threads_max
-    if current is None or idle is None:
-        return Verdict(UNKNOWN, f"This {_request(facts)} waits for a worker; the thread counters are not known.")
-    if idle == 0 and current > 0 and (most is None or current >= most):
+    if facts.missing or current is None or idle is None or (idle == 0 and most is None):
+        why = "; ".join(facts.missing) or "the thread counters are not all known"
+        return Verdict(UNKNOWN, f"This {_request(facts)} waits for a worker, why is not known: {why}.")
+    if idle == 0 and most is not None and current >= most:
         return Verdict(
             QUEUE_FULL,
             f"This {_request(facts)} has waited {facts.age_s:.1f} s for a worker: all {current} are busy. Look at "
             f"what they wait for.",
         )
+    why = f"{idle} of {current} workers are idle" if idle else f"only {current} of {most} workers were started"
     return Verdict(
         QUEUE_STALLED,
-        f"This {_request(facts)} has waited {facts.age_s:.1f} s although {idle} of {current} workers are idle "
-        f"(at most {most or 'unknown'}): nobody takes it.",
+        f"This {_request(facts)} has waited {facts.age_s:.1f} s for a worker although {why}: nobody takes it.",
     )
 
 

@@ -31,6 +31,8 @@ MODES = {FULL: SITE_NAMES, ALERT_ONLY: (DONE, CALLBACK), NONE: ()}
 RESOLVE_S = 0.05
 #: A scan a little after the deadline sees the request as overdue; seconds.
 MARGIN_S = 0.002
+#: Without probes, how often to look for pools that were not there before; seconds.
+SEARCH_S = 5.0
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,7 @@ class Watch:
         self._stale = 0
         self.alerts = 0
         self.next_scan = self._began
+        self._next_search = self._began
 
     # -- attach -------------------------------------------------------------------------------------
 
@@ -89,9 +92,10 @@ class Watch:
             self._probes = probes.Probes(self.target.pid, sites, element, self._settings.max_requests)
             self.target.check_alive()
             self._probes.attach()
-        pools = self._reader.find(self._memory.chunks(self._memory.heap_regions()))
+        pools = self._find_pools()
         in_flight = self._adopt(pools)
         now = time.monotonic()
+        self._next_search = now + SEARCH_S
         self._began = self._period_start = self._last_scan = now
         self._plan(now, {})
         self._emit(
@@ -125,16 +129,26 @@ class Watch:
             self._sampler.sample(time.monotonic_ns())
             return len(self._sampler.records())
         in_flight = 0
+        adopted: set[int] = set()
         # Twice: one that became done between reading and adopting passed its probe unnoticed.
         for _ in range(2):
-            found = [request for pool in pools for request in self._reader.requests(pool).requests]
+            found = [request for pool in pools for request in self._reader.patient_requests(pool).requests]
             in_flight = in_flight or len(found)
             for request in found:
+                adopted.add(request.address)
                 done = request.state == RequestState.THREAD_DONE
                 if self._with_submit or done:
                     kind = posix_aio.read_operation(self._memory, self.target, request.arg).kind or "other"
                     self._probes.adopt(request.address, kind, time.monotonic_ns(), done)
+        self._forget_gone(pools, adopted)
         return in_flight
+
+    def _forget_gone(self, pools: list[Pool], adopted: set[int]) -> None:
+        """One that was called back between reading and adopting passed its last probe unnoticed."""
+        for address in adopted:
+            record = self._probes.record(address) if self._probes else None
+            if record and record.before and all(self._reader.holds(pool, address) is False for pool in pools):
+                self._drop(record)
 
     @property
     def _with_submit(self) -> bool:
@@ -159,9 +173,16 @@ class Watch:
         if self._probes is not None:
             return self._probes.records()
         if self._sampler is not None:
+            now = time.monotonic()
+            if now >= self._next_search:
+                self._sampler.pools = self._find_pools()
+                self._next_search = now + SEARCH_S
             self._sampler.sample(time.monotonic_ns())
             return self._sampler.records()
         return {}
+
+    def _find_pools(self) -> list[Pool]:
+        return self._reader.find(self._memory.chunks(self._memory.heap_regions()))
 
     def _limit_of(self, record: Record) -> float | None:
         """When this record is overdue, on the monotonic clock; None for never."""

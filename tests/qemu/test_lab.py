@@ -159,9 +159,7 @@ def test_a_worker_waits_for_held_storage(on_slow_storage: tuple[Qemu, faults.Poo
     qemu, pool = on_slow_storage
     qemu.submit("d0", "write")
     target = open_target(qemu.pid)
-    qemu.wait_until(
-        lambda: any(thread.syscall and thread.syscall.name == "pwrite64" for thread in target.threads())
-    )
+    qemu.wait_until(lambda: any(thread.syscall and thread.syscall.name == "pwrite64" for thread in target.threads()))
     assert list(faults.requests_of(qemu, pool).values()) == [RequestState.THREAD_ACTIVE]
 
 

@@ -95,9 +95,7 @@ def locate_pools(qemu: Qemu) -> list[PoolHandle]:
 # A lost completion
 
 
-def lose(
-    qemu: Qemu, drive: str = "d0", kind: str = "write", pool: PoolHandle | None = None
-) -> LostCompletion:
+def lose(qemu: Qemu, drive: str = "d0", kind: str = "write", pool: PoolHandle | None = None) -> LostCompletion:
     """Send one request of that kind (read, write, flush, discard) to the drive and lose its completion."""
     handle = pool or pool_of(qemu, drive)
     # QEMU skips a flush when nothing was written since the last one.
@@ -309,18 +307,14 @@ def stalled_main_loop(qemu: Qemu, ahead: str | None = None, timeout: float = 10.
         monitor.sendall(b"".join(commands))
         try:
             target = open_target(qemu.pid)
-            qemu.wait_until(
-                lambda: main_system_call(target) == "openat", timeout, "the main loop to be stuck"
-            )
+            qemu.wait_until(lambda: main_system_call(target) == "openat", timeout, "the main loop to be stuck")
             yield stall
         finally:
             stall.release()
 
 
 @contextlib.contextmanager
-def stalled_completion(
-    qemu: Qemu, drive: str, pool: PoolHandle, attempts: int = 50
-) -> Iterator[tuple[int, ...]]:
+def stalled_completion(qemu: Qemu, drive: str, pool: PoolHandle, attempts: int = 50) -> Iterator[tuple[int, ...]]:
     """As stalled_main_loop(), with requests of a drive of the main loop that reach THREAD_DONE meanwhile.
 
     Yields their addresses. The write is large, so that it lasts longer than the loop's way into the stall.

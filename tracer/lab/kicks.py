@@ -30,9 +30,7 @@ ACTIVE = [RequestState.THREAD_ACTIVE]
 DONE = [RequestState.THREAD_DONE]
 
 
-def lose_kick(
-    qemu: Qemu, slow: Storage, pool: PoolHandle, drive: str = "d0", unpolled: bool = False
-) -> LostCompletion:
+def lose_kick(qemu: Qemu, slow: Storage, pool: PoolHandle, drive: str = "d0", unpolled: bool = False) -> LostCompletion:
     """Make a write to `drive`, which is on `slow`, be done while its home thread sleeps through the news.
 
     The home thread is held in its ppoll() until the request is THREAD_DONE. Then the eventfd is

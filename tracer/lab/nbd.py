@@ -54,9 +54,7 @@ class NbdClient:
             offset = size = 0
         elif kind == "read":
             self._reads[self._handle] = size
-        self._socket.sendall(
-            struct.pack(">IHHQQI", REQUEST_MAGIC, 0, KINDS[kind], self._handle, offset, size) + data
-        )
+        self._socket.sendall(struct.pack(">IHHQQI", REQUEST_MAGIC, 0, KINDS[kind], self._handle, offset, size) + data)
         return self._handle
 
     def wait(self, handle: int) -> int:

@@ -223,9 +223,7 @@ class Qemu:
     def trace_events(self) -> list[TraceEvent]:
         """Every submit and complete that QEMU's own trace log holds so far, in its order."""
         text = self._trace_log.read_text(errors="replace") if self._trace_log.exists() else ""
-        return [
-            TraceEvent(match[1], int(match[2], 16), int(match[3], 16)) for match in _TRACE_LINE.finditer(text)
-        ]
+        return [TraceEvent(match[1], int(match[2], 16), int(match[3], 16)) for match in _TRACE_LINE.finditer(text)]
 
     def trace_counts(self) -> TraceCounts:
         """How many requests QEMU's own trace log saw submitted and completed."""

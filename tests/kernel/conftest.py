@@ -1,0 +1,39 @@
+"""What this ring needs: root, uprobes, bcc and a compiler; and the pool in miniature."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import require
+from tests.kernel.miniature import Miniature, build
+from tracer.errors import AioTraceError
+from tracer.probes import check_host
+
+
+@pytest.fixture(scope="session", autouse=True)
+def kernel_host() -> None:
+    """Whatever is missing is the reason."""
+    require(os.geteuid() == 0, "these tests need root")
+    require(shutil.which("gcc") and shutil.which("nm"), "gcc and binutils are not installed")
+    try:
+        check_host()
+    except AioTraceError as error:
+        require(False, f"{error.message} ({error.hint})")
+
+
+@pytest.fixture(scope="session")
+def program(kernel_host: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The program, position independent as QEMU is."""
+    return build(tmp_path_factory.mktemp("pool"), "-fPIE", "-pie")
+
+
+@pytest.fixture
+def pool(program: Path) -> Iterator[Miniature]:
+    """A pool in miniature of the test's own."""
+    with Miniature(program) as running:
+        yield running

@@ -1,0 +1,226 @@
+"""The command line as a user types it, as far as no root and no QEMU is needed."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import click
+import pytest
+
+from tests.conftest import require
+from tracer import __version__
+
+ROOT = Path(__file__).resolve().parents[2]
+NOBODY = str(2**22 + 1)  # above the highest pid there can be
+
+
+@pytest.fixture(scope="module", autouse=True)
+def interrupts() -> Iterator[None]:
+    """cli takes Ctrl-C over when it is imported: give it back to pytest."""
+    handler = signal.getsignal(signal.SIGINT)
+    yield
+    signal.signal(signal.SIGINT, handler)
+
+
+def aio_trace(*arguments: str, prefix: str = "", code: str = "") -> subprocess.CompletedProcess[str]:
+    """Run the command; `prefix` is shell before it, such as "exec 1>&-;"."""
+    program = ["-c", code] if code else [str(ROOT / "cli.py")]
+    command = ["sh", "-c", f'{prefix} exec "$@"', "sh", sys.executable, *program, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, stdin=subprocess.DEVNULL, check=False)
+    assert "Traceback" not in done.stderr, done.stderr
+    assert "Exception ignored" not in done.stderr, done.stderr
+    return done
+
+
+def duration(text: str, zero: str | None = None) -> float:
+    from cli import Duration
+
+    return Duration(zero).convert(text, None, None)
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [("500ms", 0.5), ("1s", 1.0), ("2m", 120.0), ("1.5s", 1.5), ("1h", 3600.0), ("250us", 0.00025), (" 1s ", 1.0)],
+)
+def test_durations(text: str, seconds: float) -> None:
+    assert duration(text) == pytest.approx(seconds)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("0", "0s", "0ms", "-1s", "5parsecs", "5", "1 s", "s", "", "1e3s", "inf", "nans", "1,5s", "+1s", "0x1s"),
+        *("1s1s", "٣s", "9999999h", "9" * 400 + "s"),
+    ],
+)
+def test_what_is_no_duration(text: str) -> None:
+    with pytest.raises(click.UsageError) as caught:
+        duration(text)
+    assert "\n" not in caught.value.format_message()
+
+
+@pytest.mark.parametrize("text", ["0", "0s", "0ms"])
+def test_none_where_zero_means_none(text: str) -> None:
+    assert duration(text, zero="none") == 0.0
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("--pid", "1", "--deadline", "0"),
+        ("--pid", "1", "--deadline", "-1s"),
+        ("--pid", "1", "--deadline=-1s"),
+        ("--pid", "1", "--deadline", "5parsecs"),
+        ("--pid", "1", "--interval", "5"),
+        ("--pid", "1", "--slow", "soon"),
+        ("--pid", "1", "--duration", "0"),
+        ("--pid", "1", "--probes", "some"),
+        ("--pid", "0"),
+        ("--pid", "-5"),
+        ("--pid", "qemu"),
+        ("--pid",),
+        ("--pid", "1", "--no-such-option"),
+        ("--pid", "1", "no-such-command"),
+        ("--json",),
+    ],
+)
+def test_usage_errors(arguments: tuple[str, ...]) -> None:
+    """Status 2, one clear line on standard error and nothing on standard output."""
+    done = aio_trace(*arguments)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.splitlines()[-1].startswith("Error: ")
+
+
+def test_version() -> None:
+    assert aio_trace("--version").stdout == f"aio-trace {__version__}\n"
+
+
+@pytest.mark.parametrize("arguments", [(), ("--help",), ("-h",)])
+def test_help_begins_with_the_one_thing_to_remember(arguments: tuple[str, ...]) -> None:
+    done = aio_trace(*arguments)
+    assert done.returncode == 0
+    assert "sudo aio-trace --pid PID" in done.stdout
+    assert max(map(len, done.stdout.splitlines())) <= 100
+
+
+def test_no_such_process() -> None:
+    done = aio_trace("--pid", NOBODY)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == f"aio-trace: there is no process {NOBODY}\n  try: pgrep -a qemu\n"
+
+
+def test_no_such_process_in_json() -> None:
+    """The object on standard output, the same for people on standard error."""
+    done = aio_trace("--pid", NOBODY, "--json", "-v")
+    assert done.returncode == 1
+    error = json.loads(done.stdout)
+    assert error.keys() == {"event", "time", "pid", "message", "hint"}
+    assert (error["event"], error["pid"]) == ("error", int(NOBODY))
+    assert error["message"] in done.stderr
+    assert error["hint"] in done.stderr
+
+
+@pytest.mark.parametrize("json_option", [(), ("--json",)])
+@pytest.mark.parametrize(
+    "prefix",
+    [
+        "exec <&-;",
+        "exec >&-;",
+        "exec 2>&-;",
+        "exec >&- 2>&-;",
+        "exec <&- >&- 2>&-;",
+        "exec >/dev/full;",
+        "exec 2>/dev/full;",
+    ],
+)
+def test_closed_and_full_streams(prefix: str, json_option: tuple[str, ...]) -> None:
+    """The status is the same whoever can be told."""
+    assert aio_trace("--pid", NOBODY, *json_option, prefix=prefix).returncode == 1
+    assert aio_trace("--deadline", "0", "--pid", NOBODY, *json_option, prefix=prefix).returncode == 2
+
+
+def test_nothing_is_written_to_the_wrong_file(tmp_path: Path) -> None:
+    """With standard output closed, the next file that is opened must not become it."""
+    code = (
+        "import sys, cli\n"
+        f"cli._open_standard_streams(); file = open({str(tmp_path / 'file')!r}, 'w')\n"
+        "print('lost'); sys.stdout.flush(); file.write('kept'); file.close()\n"
+    )
+    assert aio_trace(prefix="exec >&-;", code=code).returncode == 0
+    assert (tmp_path / "file").read_text() == "kept"
+
+
+def test_what_libraries_print_is_no_result() -> None:
+    """BCC and clang print to descriptor 1 from C."""
+    code = (
+        "import os, sys, cli\n"
+        "streams = cli.Streams()\n"
+        "os.write(1, b'from C\\n'); print('from Python', flush=True)\n"
+        "os.system('echo from a child')\n"
+        "streams.out.write('result\\n'); streams.out.flush()\n"
+    )
+    done = aio_trace(code=code)
+    assert done.stdout == "result\n"
+    assert set(done.stderr.splitlines()) == {"from C", "from Python", "from a child"}
+
+
+def test_messages_nobody_reads_are_no_reason_to_end() -> None:
+    code = (
+        "import cli\n"
+        "cli._handle_signals(lambda: None)\n"
+        "streams = cli.Streams()\n"
+        "for _ in range(3): streams.progress('x' * 100000)\n"
+        "streams.out.write('result\\n'); streams.out.flush()\n"
+    )
+    done = aio_trace(code=code, prefix="exec 2>/dev/full;")
+    assert (done.returncode, done.stdout) == (0, "result\n")
+
+
+@pytest.mark.parametrize(("ignored", "stops"), [(True, False), (False, True)])
+def test_hang_ups_stay_ignored_under_nohup(ignored: bool, stops: bool) -> None:
+    code = (
+        "import os, signal, cli\n"
+        "stopped = []\n"
+        "cli._handle_signals(lambda: stopped.append(1))\n"
+        "os.kill(os.getpid(), signal.SIGHUP)\n"
+        "print(bool(stopped))\n"
+    )
+    assert aio_trace(code=code, prefix="trap '' HUP;" if ignored else "").stdout == f"{stops}\n"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signals_ask_to_stop(number: signal.Signals) -> None:
+    code = (
+        "import os, select, cli\n"
+        "from tracer.session import Stop\n"
+        "stop = Stop()\n"
+        "cli._handle_signals(stop.request)\n"
+        f"os.kill(os.getpid(), {int(number)}); os.kill(os.getpid(), {int(number)})\n"
+        "print(stop.requested, len(select.select([stop.fd], [], [], 60)[0]))\n"
+    )
+    assert aio_trace(code=code).stdout == "True 1\n"
+
+
+def test_all_without_a_qemu_says_so() -> None:
+    """In a /proc of its own no QEMU is to be seen."""
+    require(os.geteuid() == 0, "a process namespace needs root")
+    command = ["unshare", "--pid", "--fork", "--mount-proc", sys.executable, str(ROOT / "cli.py"), "--all"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr.startswith("aio-trace: no QEMU was found on this host\n")
+
+
+def test_commands_import_what_they_need_only() -> None:
+    """--help and usage errors do not wait for BCC, capstone or tables."""
+    code = (
+        "import sys, cli\n"
+        "print([name for name in ('bcc', 'capstone', 'elftools', 'tabulate', 'qemu') if name in sys.modules])\n"
+    )
+    assert aio_trace(code=code).stdout == "[]\n"
