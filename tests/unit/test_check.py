@@ -1,0 +1,151 @@
+"""aio-trace check on files: what it tells, as JSON and for people, and how it fails."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.conftest import require
+from tracer.elf import Image
+from tracer.known_bugs import BARRIERS
+from tracer.sites import STRATEGIES
+from tracer.sites.model import SITE_NAMES
+
+ROOT = Path(__file__).resolve().parents[2]
+QEMU = "/usr/bin/qemu-img"
+FIELDS = {
+    *("event", "time", "exe", "version", "build_id", "known_bugs", "barrier_fixed", "sites", "layout"),
+    *("attempts", "host", "ready"),
+}
+WITHOUT_BCC = "import sys; sys.modules['bcc'] = None; sys.path.insert(0, {root!r}); import cli; cli.main()"
+
+
+def check(*arguments: str, wrapper: tuple[str, ...] = (), code: str | None = None) -> subprocess.CompletedProcess[str]:
+    program = [str(ROOT / "cli.py")] if code is None else ["-c", code]
+    command = [*wrapper, sys.executable, *program, "check", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+
+
+def told(done: subprocess.CompletedProcess[str]) -> dict[str, Any]:
+    """The one JSON object of a check that found its sites."""
+    assert done.returncode == 0, done.stderr
+    (line,) = done.stdout.splitlines()
+    found: dict[str, Any] = json.loads(line)
+    return found
+
+
+@pytest.fixture
+def qemu() -> str:
+    require(Path(QEMU).exists(), f"{QEMU} is not installed")
+    return QEMU
+
+
+@pytest.fixture
+def without_exports(tmp_path: Path, qemu: str) -> str:
+    """A QEMU in which nothing can be found: every name that leads to the thread pool is spoilt."""
+    data = Path(qemu).read_bytes()
+    for name in (b"thread_pool", b"qemu_bh_schedule", b"aio_bh_new", b"qemu_aio_get", b"aio_get_thread_pool"):
+        data = data.replace(name, b"x" * len(name))
+    path = tmp_path / "qemu-img"
+    path.write_bytes(data)
+    return str(path)
+
+
+def test_everything_is_told(qemu: str) -> None:
+    found = told(check("--exe", qemu, "--json"))
+    assert found.keys() >= FIELDS
+    assert "pid" not in found
+    with Image.open(qemu) as image:
+        assert (found["version"], found["build_id"]) == (image.qemu_version(), image.build_id)
+    assert (found["event"], found["exe"], found["barrier_fixed"]) == ("check", qemu, True)
+    assert {site["site"] for site in found["sites"]} == set(SITE_NAMES)
+    for site in found["sites"]:
+        assert site.keys() >= {"site", "address", "register", "instruction", "strategy", "cheap"}
+        assert site["address"] == hex(int(site["address"], 16))
+    assert [a["ok"] for a in found["attempts"]][-1:] == [True]
+    assert BARRIERS not in {bug["commit"] for bug in found["known_bugs"]}
+    needs = {need["need"]: need for need in found["host"]}
+    assert needs.keys() >= {"root", "uprobes", "bpf", "bcc", "eu-stack", "gdb"}
+    assert found["ready"] is all(need["ok"] for need in needs.values() if need["required"])
+
+
+def test_people_get_a_table_that_fits(qemu: str) -> None:
+    done = check("--exe", qemu)
+    assert done.returncode == 0
+    assert max(len(line) for line in done.stdout.splitlines()) < 80
+    for word in (*SITE_NAMES, "ThreadPoolElement", "barriers", "uprobes", "cheap"):
+        assert word in done.stdout
+
+
+def test_neither_bcc_nor_privileges_are_needed(qemu: str) -> None:
+    require(shutil.which("setpriv"), "setpriv is not installed")
+    nothing = ("setpriv", "--bounding-set=-all", "--inh-caps=-all") if os.geteuid() == 0 else ()
+    found = told(check("--exe", qemu, "--json", wrapper=nothing, code=WITHOUT_BCC.format(root=str(ROOT))))
+    needs = {need["need"]: need for need in found["host"]}
+    assert (needs["root"]["ok"], needs["bcc"]["ok"], found["ready"]) == (False, False, False)
+    assert "python3-bpfcc" in needs["bcc"]["detail"]
+    assert "python3-bcc" in needs["bcc"]["detail"]
+    assert "sudo" in needs["root"]["detail"]
+    assert len(found["sites"]) >= len(SITE_NAMES)
+
+
+def test_a_missing_program_is_named_with_its_package(qemu: str) -> None:
+    code = "import os; os.environ['PATH'] = '/nowhere'; " + WITHOUT_BCC.format(root=str(ROOT))
+    needs = {need["need"]: need for need in told(check("--exe", qemu, "--json", code=code))["host"]}
+    assert (needs["eu-stack"]["ok"], needs["gdb"]["ok"]) == (False, False)
+    assert "install elfutils" in needs["eu-stack"]["detail"]
+    assert "install gdb" in needs["gdb"]["detail"]
+
+
+def test_nothing_found_shows_every_attempt(without_exports: str) -> None:
+    done = check("--exe", without_exports, "--json")
+    assert done.returncode == 1
+    found, error = (json.loads(line) for line in done.stdout.splitlines())
+    assert (found["event"], error["event"]) == ("check", "error")
+    assert (found["sites"], found["layout"], found["barrier_fixed"], found["ready"]) == ([], None, None, False)
+    assert [attempt["strategy"] for attempt in found["attempts"]] == list(STRATEGIES)
+    assert all(attempt["outcome"] and not attempt["ok"] for attempt in found["attempts"])
+    assert found["version"]
+    assert error["message"]
+    assert error["hint"]
+    assert error["message"] in done.stderr
+    for_people = check("--exe", without_exports)
+    assert for_people.returncode == 1
+    assert "missing: probe sites" in for_people.stdout
+
+
+@pytest.mark.parametrize("what", ["/bin/true", "/etc/passwd", "/etc", "/no/such/file", "script", "fifo", "", "a\0b"])
+def test_what_is_no_qemu_is_refused_in_one_sentence(tmp_path: Path, what: str) -> None:
+    path = what
+    if what == "script":
+        path = str(tmp_path / "kvm")
+        Path(path).write_text("#!/bin/sh\nexec qemu-system-x86_64 -enable-kvm\n")
+    if what == "fifo":
+        path = str(tmp_path / "fifo")
+        os.mkfifo(path)
+    if "\0" in what:
+        path = str(tmp_path / ("x" * 5000))
+    done = check("--exe", path, "--json")
+    assert done.returncode == 1
+    (line,) = done.stdout.splitlines()
+    assert json.loads(line)["event"] == "error"
+    assert "Traceback" not in done.stderr
+    assert len(done.stderr.splitlines()) <= 2
+
+
+@pytest.mark.parametrize("arguments", [(), ("--pid", "1", "--exe", QEMU), ("--pid", "0"), ("--pid", "x")])
+def test_usage(arguments: tuple[str, ...]) -> None:
+    assert check(*arguments).returncode == 2
+
+
+def test_a_process_that_does_not_exist() -> None:
+    done = check("--pid", str(2**22 + 1))
+    assert done.returncode == 1
+    assert "there is no process" in done.stderr
