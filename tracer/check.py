@@ -19,7 +19,7 @@ from tracer.known_bugs import BARRIERS, known_bugs
 from tracer.memory import LiveMemory
 from tracer.sites import NoStrategyWorked, locate
 from tracer.sites.model import Attempt, Located
-from tracer.target import Target, open_target
+from tracer.target import Target, open_target, qemu_hint
 
 #: What a uprobe costs a hit, in microseconds, measured in a VM; on bare metal the dear one is about twice
 #: the cheap one.
@@ -58,7 +58,8 @@ def check_file(path: str, only: str | None = None) -> Findings:
 def _check(path: str, exe: str, name: str, pid: int | None, needs: tuple[HostNeed, ...], only: str | None) -> Findings:
     with _open(path, exe) as image:
         if image.qemu_evidence() is None:
-            raise NotQemu(f"{name} is no QEMU: it has neither a QEMU version nor a thread pool", "pgrep -a qemu")
+            hint = "pgrep -a qemu" if pid is None else qemu_hint(pid)
+            raise NotQemu(f"{name} is no QEMU: it has neither a QEMU version nor a thread pool", hint)
         version, build_id, machine = image.qemu_version(), image.build_id, image.machine
         located, attempts, failure = _locate(image, only)
     host = (*host_needs(), *needs)
