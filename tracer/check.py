@@ -12,7 +12,7 @@ import time
 from dataclasses import dataclass
 
 from tracer.elf import Image
-from tracer.errors import AioTraceError, ImageError, NotQemu
+from tracer.errors import AioTraceError, ImageError, NotPermitted, NotQemu
 from tracer.events import BugNote, Checked, HostNeed
 from tracer.host import host_needs
 from tracer.known_bugs import BARRIERS, known_bugs
@@ -38,7 +38,11 @@ class Findings:
 
 def check_process(pid: int, only: str | None = None) -> Findings:
     """Check the QEMU that runs as `pid`. Raises NoSuchProcess, NotPermitted, NotQemu or ImageError."""
-    target = open_target(pid)
+    try:
+        target = open_target(pid)
+    except NotPermitted as error:
+        error.hint = (error.hint or "").replace("aio-trace --pid", "aio-trace check --pid")
+        raise
     memory = _memory_need(target)
     return _check(target.image_path, target.exe, f"process {pid} ({target.exe})", pid, (memory,), only)
 
@@ -78,7 +82,7 @@ def _check(path: str, exe: str, name: str, pid: int | None, needs: tuple[HostNee
         attempts,
         host,
         located is not None and all(need.ok for need in host if need.required),
-        _notes(exe, pid, version, located),
+        notes_on(exe, pid, version, located),
     )
     return Findings(event, failure)
 
@@ -116,7 +120,8 @@ def _bugs(version: str | None, machine: str, barriers: bool | None) -> tuple[Bug
     return tuple(BugNote(bug, barriers if bug.commit == BARRIERS else None) for bug in bugs)
 
 
-def _notes(exe: str, pid: int | None, version: str | None, located: Located | None) -> tuple[str, ...]:
+def notes_on(exe: str, pid: int | None, version: str | None, located: Located | None) -> tuple[str, ...]:
+    """What else the user should know: a file that is gone, a version that was not found, what a dear site costs."""
     notes = []
     if pid is not None and exe.endswith(" (deleted)"):
         notes.append(

@@ -7,16 +7,18 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.conftest import require
+from tracer.check import CHEAP_US, DEAR_US, notes_on
 from tracer.elf import Image
 from tracer.known_bugs import BARRIERS
-from tracer.sites import STRATEGIES
-from tracer.sites.model import SITE_NAMES
+from tracer.sites import STRATEGIES, locate
+from tracer.sites.model import SITE_NAMES, SUBMIT
 
 ROOT = Path(__file__).resolve().parents[2]
 QEMU = "/usr/bin/qemu-img"
@@ -48,14 +50,13 @@ def qemu() -> str:
 
 
 @pytest.fixture
-def without_exports(tmp_path: Path, qemu: str) -> str:
-    """A QEMU in which nothing can be found: every name that leads to the thread pool is spoilt."""
-    data = Path(qemu).read_bytes()
-    for name in (b"thread_pool", b"qemu_bh_schedule", b"aio_bh_new", b"qemu_aio_get", b"aio_get_thread_pool"):
-        data = data.replace(name, b"x" * len(name))
-    path = tmp_path / "qemu-img"
-    path.write_bytes(data)
-    return str(path)
+def without_pool(tmp_path: Path) -> str:
+    """A program that prints a QEMU's version, with nothing of a thread pool in it."""
+    require(shutil.which("gcc"), "gcc is not installed")
+    source, program = tmp_path / "qemu.c", tmp_path / "qemu-kvm"
+    source.write_text('#include <stdio.h>\nint main(void) { return puts("QEMU emulator version 2.1.2 (odd)") < 0; }\n')
+    subprocess.run(["gcc", "-s", "-o", program, source], check=True)
+    return str(program)
 
 
 def test_everything_is_told(qemu: str) -> None:
@@ -104,19 +105,20 @@ def test_a_missing_program_is_named_with_its_package(qemu: str) -> None:
     assert "install gdb" in needs["gdb"]["detail"]
 
 
-def test_nothing_found_shows_every_attempt(without_exports: str) -> None:
-    done = check("--exe", without_exports, "--json")
+def test_nothing_found_shows_every_attempt(without_pool: str) -> None:
+    done = check("--exe", without_pool, "--json")
     assert done.returncode == 1
     found, error = (json.loads(line) for line in done.stdout.splitlines())
     assert (found["event"], error["event"]) == ("check", "error")
     assert (found["sites"], found["layout"], found["barrier_fixed"], found["ready"]) == ([], None, None, False)
     assert [attempt["strategy"] for attempt in found["attempts"]] == list(STRATEGIES)
     assert all(attempt["outcome"] and not attempt["ok"] for attempt in found["attempts"])
-    assert found["version"]
+    assert found["version"] == "2.1.2 (odd)"
+    assert {"commit": BARRIERS, "fixed": None}.items() <= found["known_bugs"][0].items()
     assert error["message"]
     assert error["hint"]
     assert error["message"] in done.stderr
-    for_people = check("--exe", without_exports)
+    for_people = check("--exe", without_pool)
     assert for_people.returncode == 1
     assert "missing: probe sites" in for_people.stdout
 
@@ -138,6 +140,16 @@ def test_what_is_no_qemu_is_refused_in_one_sentence(tmp_path: Path, what: str) -
     assert json.loads(line)["event"] == "error"
     assert "Traceback" not in done.stderr
     assert len(done.stderr.splitlines()) <= 2
+
+
+def test_a_dear_site_is_told_with_its_cost(qemu: str) -> None:
+    with Image.open(qemu) as image:
+        located = locate(image)
+    assert notes_on(qemu, None, "7.2.0", located) == ()
+    dear = replace(located.sites[SUBMIT], instruction="sub $8,%rsp", cheap=False)
+    (note,) = notes_on(qemu, None, "7.2.0", replace(located, sites={**located.sites, SUBMIT: dear}))
+    for word in (SUBMIT, dear.instruction, f"{DEAR_US} µs", f"{CHEAP_US}"):
+        assert word in note
 
 
 @pytest.mark.parametrize("arguments", [(), ("--pid", "1", "--exe", QEMU), ("--pid", "0"), ("--pid", "x")])
