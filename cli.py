@@ -262,8 +262,9 @@ def demo(verbose: bool) -> int:
 @aio_trace.command()
 @click.option("--pid", type=click.IntRange(min=1), metavar="PID", help="A running QEMU.")
 @click.option("--exe", metavar="FILE", help="A QEMU's executable; needs no root.")
+@click.option("--locate", metavar="NAME", help="Try only this way to find the probe sites.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on standard output.")
-def check(pid: int | None, exe: str | None, as_json: bool) -> int:
+def check(pid: int | None, exe: str | None, locate: str | None, as_json: bool) -> int:
     """Say what would be attached and why, what this build is, and what this host lacks.
 
     Attaches nothing and reads files only.
@@ -277,7 +278,7 @@ def check(pid: int | None, exe: str | None, as_json: bool) -> int:
     signal.signal(signal.SIGPIPE, signal.SIG_IGN)
     writer = JsonWriter(streams.out) if as_json else TableWriter(streams.out, streams.progress)
     try:
-        findings = check_process(pid) if pid is not None else check_file(str(exe))
+        findings = check_process(pid, locate) if pid is not None else check_file(str(exe), locate)
         _checked(writer.write)(findings.event)
         if findings.failure:
             raise findings.failure

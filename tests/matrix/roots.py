@@ -51,10 +51,10 @@ def root_of(release: Release) -> Path:
     cache = cache_folder() / "roots"
     cache.mkdir(parents=True, exist_ok=True)
     root = cache / release.name
-    with _locked(cache / f".{release.name}.lock"):
+    with _locked(cache / f".{release.name}.lock") as lock:
         if not is_complete(root):
             remove(root)
-            _make(release, root)
+            _make(release, root, lock)
             (root / MARKER).touch()
     return root
 
@@ -78,14 +78,14 @@ def _mounts_in(root: Path) -> list[str]:
 
 
 @contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Two runs at once make one root."""
+def _locked(path: Path) -> Iterator[int]:
+    """Two runs at once make one root. Whoever has the descriptor holds the lock."""
     with open(path, "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+        yield file.fileno()
 
 
-def _make(release: Release, root: Path) -> None:
+def _make(release: Release, root: Path, lock: int) -> None:
     if platform.machine() != "x86_64":
         raise RootMissing("roots are made on x86-64 only")
     if not shutil.which("debootstrap"):
@@ -96,12 +96,12 @@ def _make(release: Release, root: Path) -> None:
     command = ["unshare", "--mount", "debootstrap", "--variant=minbase"]
     if packages:
         command.append("--include=" + ",".join(packages))
-    _run([*command, release.suite, str(root), uri])
+    _run([*command, release.suite, str(root), uri], lock)
     if release.backports is not None:
         (root / "etc/apt/sources.list.d/backports.list").write_text(f"deb {uri} {release.backports} main\n")
-        _run(["chroot", str(root), "apt-get", "update"])
+        _run(["chroot", str(root), "apt-get", "update"], lock)
         install = ["apt-get", "install", "-y", "--no-install-recommends", "-t", release.backports, *PACKAGES]
-        _run(["chroot", str(root), *install])
+        _run(["chroot", str(root), *install], lock)
         _run(["chroot", str(root), "apt-get", "clean"])
 
 
@@ -123,7 +123,8 @@ def mirror() -> str:
 _INDEXES = ("Created-By: Packages",)
 
 
-def _run(command: list[str]) -> str:
+def _run(command: list[str], *locks: int) -> str:
+    """What it prints. It keeps `locks` as long as it runs, even if this process is killed meanwhile."""
     environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive", "LC_ALL": "C.UTF-8", **_proxies()}
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S, env=environment, check=False)

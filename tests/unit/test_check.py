@@ -123,6 +123,18 @@ def test_nothing_found_shows_every_attempt(without_pool: str) -> None:
     assert "missing: probe sites" in for_people.stdout
 
 
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_one_way_can_be_asked_for(qemu: str, strategy: str) -> None:
+    done = check("--exe", qemu, "--json", "--locate", strategy)
+    assert {attempt["strategy"] for attempt in json.loads(done.stdout.splitlines()[0])["attempts"]} == {strategy}
+
+
+def test_a_way_that_there_is_not(qemu: str) -> None:
+    done = check("--exe", qemu, "--locate", "guess")
+    assert done.returncode == 2
+    assert all(strategy in done.stderr for strategy in STRATEGIES)
+
+
 @pytest.mark.parametrize("what", ["/bin/true", "/etc/passwd", "/etc", "/no/such/file", "script", "fifo", "", "a\0b"])
 def test_what_is_no_qemu_is_refused_in_one_sentence(tmp_path: Path, what: str) -> None:
     path = what
