@@ -9,6 +9,7 @@ PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 PACKAGES_RUN := python3-venv python3-bpfcc
 PACKAGES_DEMO := $(PACKAGES_RUN) qemu-system-x86 qemu-utils busybox-static elfutils gdb
 PACKAGES_TEST := $(PACKAGES_DEMO) gcc libc6-dev
+PACKAGES_MATRIX := $(PACKAGES_TEST) debootstrap
 
 RINGS := tests/unit tests/kernel tests/qemu
 
@@ -23,7 +24,7 @@ GIVE_BACK := if [ -n "$$SUDO_UID" ]; then \
 
 .PHONY: help
 help: ## Print this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 .PHONY: install
 install: packages-run $(VENV)/.installed ## Install into .venv: .venv/bin/aio-trace
@@ -35,6 +36,10 @@ demo: root packages-demo install ## Boot a small guest, lose one completion, sho
 .PHONY: test
 test: root packages-test lint ## All checks and tests, with real QEMUs (root)
 	@status=0; $(BIN)/python -m pytest $(RINGS) || status=$$?; $(GIVE_BACK); exit $$status
+
+.PHONY: test-matrix
+test-matrix: root packages-matrix $(VENV)/.dev ## Live tests on the QEMUs of other Debian releases, in roots of their own (root)
+	@status=0; $(BIN)/python -m pytest -m matrix tests/matrix || status=$$?; $(GIVE_BACK); exit $$status
 
 .PHONY: check
 check: lint ## Format, lint, types and unit tests (no root)
@@ -60,13 +65,15 @@ clean: ## Remove everything that was made in this folder
 root:
 	@[ "$$(id -u)" = 0 ] || { echo "this needs root: sudo make $(MAKECMDGOALS)" >&2; exit 1; }
 
-.PHONY: packages-run packages-demo packages-test
+.PHONY: packages-run packages-demo packages-test packages-matrix
 packages-run:
 	@bash .ci/packages $(PACKAGES_RUN)
 packages-demo:
 	@bash .ci/packages $(PACKAGES_DEMO)
 packages-test:
 	@bash .ci/packages $(PACKAGES_TEST)
+packages-matrix:
+	@bash .ci/packages $(PACKAGES_MATRIX)
 
 $(VENV)/.created:
 	$(PYTHON) -m venv --clear --system-site-packages $(VENV)

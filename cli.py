@@ -277,6 +277,38 @@ def demo(verbose: bool) -> int:
     return EXIT_OK
 
 
+@aio_trace.command()
+@click.option("--pid", type=click.IntRange(min=1), metavar="PID", help="A running QEMU.")
+@click.option("--exe", metavar="FILE", help="A QEMU's executable; needs no root.")
+@click.option("--locate", metavar="NAME", help="Try only this way to find the probe sites.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object on standard output.")
+def check(pid: int | None, exe: str | None, locate: str | None, as_json: bool) -> int:
+    """Say what would be attached and why, what this build is, and what this host lacks.
+
+    Attaches nothing and reads files only.
+    """
+    if (pid is None) == (exe is None):
+        raise click.UsageError("What is to be checked? Give either --pid PID or --exe FILE.")
+    from tracer.check import check_file, check_process
+    from tracer.report import JsonWriter, TableWriter
+
+    streams = Streams()
+    signal.signal(signal.SIGPIPE, signal.SIG_IGN)
+    writer = JsonWriter(streams.out) if as_json else TableWriter(streams.out, streams.progress)
+    try:
+        findings = check_process(pid, locate) if pid is not None else check_file(str(exe), locate)
+        _checked(writer.write)(findings.event)
+        if findings.failure:
+            raise findings.failure
+    except BrokenPipeError:
+        pass
+    except AioTraceError as error:
+        _report(error, streams, as_json, pid)
+        return error.status
+    _close_quietly(streams.out)
+    return EXIT_OK
+
+
 def _checked(write: Callable[[Event], None]) -> Callable[[Event], None]:
     """`write` with one sentence for a full disk; that nobody reads any more stays a BrokenPipeError."""
 

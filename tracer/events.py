@@ -10,6 +10,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from tracer.known_bugs import KnownBug
+from tracer.layout import Layout
+from tracer.sites.model import Attempt, Site
+
 
 @dataclass(frozen=True)
 class Event:
@@ -140,3 +144,39 @@ class Failure(Event):
 
     message: str
     hint: str | None
+
+
+@dataclass(frozen=True)
+class HostNeed:
+    """One thing the host must have (or, not `required`, had better have); `detail` says how to get it."""
+
+    need: str
+    ok: bool
+    detail: str
+    required: bool = True
+
+
+@dataclass(frozen=True)
+class BugNote:
+    """A bug by version, and whether the code itself shows the fix (None: it does not tell)."""
+
+    bug: KnownBug
+    fixed: bool | None
+
+
+@dataclass(frozen=True)
+class Checked(Event):
+    """What would be attached to a QEMU, and whether this host can; `known_bugs` None: no version."""
+
+    exe: str
+    version: str | None
+    build_id: str | None
+    machine: str
+    known_bugs: tuple[BugNote, ...] | None
+    barrier_fixed: bool | None
+    sites: tuple[Site, ...]
+    layout: Layout | None
+    attempts: tuple[Attempt, ...]
+    host: tuple[HostNeed, ...]
+    ready: bool
+    notes: tuple[str, ...] = ()

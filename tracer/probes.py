@@ -148,7 +148,7 @@ def bucket_upper_ns(index: int) -> int:
 
 def check_host() -> None:
     """Raise NotPermitted, NoUprobes or BccMissing where probes cannot be attached on this host."""
-    if not _permitted():
+    if not permitted():
         raise NotPermitted(
             "attaching probes needs root, or CAP_BPF and CAP_PERFMON with CAP_SYS_PTRACE",
             f"sudo {shlex.join(['aio-trace', *sys.argv[1:]])}",
@@ -158,17 +158,19 @@ def check_host() -> None:
             "this kernel has no uprobes that perf can attach (CONFIG_UPROBE_EVENTS, since Linux 4.17)",
             "grep UPROBE /boot/config-$(uname -r)",
         )
-    _import_bcc()
+    import_bcc()
 
 
-def _permitted() -> bool:
+def permitted() -> bool:
+    """Whether this process may load and attach probes."""
     with open("/proc/self/status", encoding="ascii", errors="replace") as status:
         found = re.search(r"^CapEff:\s*([0-9a-f]+)", status.read(), re.M)
     effective = int(found[1], 16) if found else 0
     return bool(effective >> CAP_SYS_ADMIN & 1) or bool(effective >> CAP_BPF & effective >> CAP_PERFMON & 1)
 
 
-def _import_bcc() -> Any:
+def import_bcc() -> Any:
+    """The bcc package, or BccMissing."""
     try:
         import bcc
     except (ImportError, OSError) as error:
@@ -251,7 +253,7 @@ class Probes:
         self._max_requests = max_requests
         self._keys = (ct.c_uint64 * max_requests)()
         self._leaves = (RequestRecord * max_requests)()
-        bcc = _import_bcc()
+        bcc = import_bcc()
         os.environ["BCC_KERNEL_SOURCE"] = str(source_folder())
         # What kernel developers build for is not what this machine is, but BCC would believe it.
         os.environ.pop("ARCH", None)

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import json
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from datetime import UTC, datetime
 from typing import Any, Protocol, TextIO
 
@@ -16,6 +17,7 @@ from tabulate import tabulate
 from tracer.events import (
     Alert,
     Attached,
+    Checked,
     Counts,
     Event,
     Failure,
@@ -24,6 +26,7 @@ from tracer.events import (
     Resolved,
     TargetEnded,
 )
+from tracer.layout import Layout
 from tracer.verdict import LOST_WAKEUP
 
 STAGE_TITLES = {
@@ -98,6 +101,8 @@ def _body(event: Event) -> tuple[str, dict[str, Any]]:
         return "resolved", {"request": as_hex(event.request), "pool": as_hex(event.pool), "after_s": after}
     if isinstance(event, Failure):
         return "error", {"message": event.message, "hint": event.hint}
+    if isinstance(event, Checked):
+        return "check", _checked_body(event)
     if isinstance(event, TargetEnded):
         return "ended", {"reason": event.reason}
     raise TypeError(f"no JSON for {type(event).__name__}")
@@ -182,6 +187,47 @@ def _alert_body(event: Alert) -> dict[str, Any]:
     }
 
 
+def _checked_body(event: Checked) -> dict[str, Any]:
+    bugs = event.known_bugs
+    return {
+        "exe": event.exe,
+        "version": event.version,
+        "build_id": event.build_id,
+        "machine": event.machine,
+        "known_bugs": None
+        if bugs is None
+        else [
+            {
+                "commit": note.bug.commit,
+                "class": note.bug.kind,
+                "versions": note.bug.versions,
+                "title": note.bug.title,
+                "fixed": note.fixed,
+            }
+            for note in bugs
+        ],
+        "barrier_fixed": event.barrier_fixed,
+        "sites": [
+            {
+                "site": site.name,
+                "address": as_hex(site.address),
+                "register": site.register,
+                "instruction": site.instruction,
+                "strategy": site.strategy,
+                "cheap": site.cheap,
+            }
+            for site in event.sites
+        ],
+        "layout": None if event.layout is None else asdict(event.layout),
+        "attempts": [
+            {"strategy": attempt.strategy, "outcome": attempt.outcome, "ok": attempt.ok} for attempt in event.attempts
+        ],
+        "host": [asdict(need) for need in event.host],
+        "ready": event.ready,
+        "notes": list(event.notes),
+    }
+
+
 def microseconds(value: float | None) -> str:
     """A latency for people: 85us, 1.2ms, 3.4s; a dash where there is none."""
     if value is None:
@@ -227,6 +273,8 @@ class TableWriter:
             self._alert(event)
         elif isinstance(event, Resolved):
             self._print(self._resolved(event))
+        elif isinstance(event, Checked):
+            self._print(checked_text(event))
         elif isinstance(event, TargetEnded):
             self._progress(f"{self._of(event)}{event.reason}")
         elif isinstance(event, Failure):
@@ -343,3 +391,82 @@ def _home_of(pool: PoolInfo) -> str:
 def _row(title: str, latency: Latency) -> list[str | int]:
     figures = (latency.p50, latency.p90, latency.p99, latency.max)
     return [title, latency.count, *(microseconds(value) for value in figures)]
+
+
+# -- check ------------------------------------------------------------------------------------------
+
+BARRIER_TEXTS = {
+    True: "there: bottom halves are scheduled with the barriers of e8d3b1a25f",
+    False: "MISSING: without e8d3b1a25f, completions can be lost (cause lost-wakeup)",
+    None: "not to be seen in this build's code",
+}
+
+
+def checked_text(event: Checked) -> str:
+    """The findings of `check` for people."""
+    version = f"QEMU {event.version}" if event.version else "QEMU (version not found)"
+    parts = [f"{event.exe}: {version}\n  {event.machine}, build id {event.build_id or 'none'}"]
+    parts.append("probe sites\n" + (_sites_table(event) if event.sites else "  none was found"))
+    tried = [[f"  {a.strategy}", "ok" if a.ok else "no", a.outcome] for a in event.attempts]
+    parts.append("ways to find them\n" + _rows(tried, ["  way", "", "outcome"]))
+    if event.layout is not None:
+        parts.append(_layout_text(event.layout))
+    parts.append(f"barriers  {BARRIER_TEXTS[event.barrier_fixed]}")
+    parts.append(_bugs_text(event))
+    needs = [[f"  {n.need}", "ok" if n.ok else ("NO" if n.required else "no"), n.detail] for n in event.host]
+    parts.append("this host\n" + _rows(needs, ["  need", "", ""]))
+    parts += [f"note:\n{wrapped(note)}" for note in event.notes]
+    parts.append(_readiness(event))
+    return "\n\n".join(parts)
+
+
+def _rows(rows: Sequence[Sequence[str]], headers: Sequence[str]) -> str:
+    """A plain table whose last column is wrapped at WIDTH."""
+    columns = list(zip(headers, *rows, strict=True))
+    taken = sum(max(len(cell) for cell in column) + 2 for column in columns[:-1])
+    wrap = [None] * (len(headers) - 1) + [WIDTH - taken]
+    return tabulate(rows, headers, tablefmt="plain", maxcolwidths=wrap, preserve_whitespace=True, disable_numparse=True)
+
+
+def _sites_table(event: Checked) -> str:
+    rows = [
+        [f"  {s.name}", f"{s.address:#x}", s.register, s.strategy, "cheap" if s.cheap else "DEAR", s.instruction]
+        for s in event.sites
+    ]
+    return _rows(rows, ["  site", "address", "request in", "by", "cost", "instruction"])
+
+
+def _layout_text(layout: Layout) -> str:
+    rows = []
+    for name, part in (
+        ("ThreadPoolElement", layout.element),
+        ("ThreadPool", layout.pool),
+        ("QEMUBH", layout.bottom_half),
+    ):
+        members = [f"{member} {value:#x}" for member, value in asdict(part).items() if value is not None]
+        rows.append([f"  {name}", ", ".join(members)])
+    proof = f"layout, by {layout.source}: functions agree on it; live structures must prove it again"
+    return f"{proof}\n" + _rows(rows, ["  structure", "offsets"])
+
+
+def _bugs_text(event: Checked) -> str:
+    if event.known_bugs is None:
+        return "known bugs  cannot be told without a version"
+    if not event.known_bugs:
+        return "known bugs  none of those that aio-trace knows, by this version"
+    rows = []
+    for note in event.known_bugs:
+        fixed = {True: " (its fix is in the code)", False: " (its fix is NOT in the code)", None: ""}[note.fixed]
+        rows.append([f"  {note.bug.commit}", note.bug.kind, note.bug.versions, note.bug.title + fixed])
+    title = "fixes that this version may lack (distributions take fixes into older versions)"
+    return f"{title}\n" + _rows(rows, ["  commit", "class", "versions", "what"])
+
+
+def _readiness(event: Checked) -> str:
+    if event.ready:
+        target = event.pid if event.pid is not None else "PID"
+        return f"ready: sudo aio-trace --pid {target}"
+    lacking = [need.need for need in event.host if need.required and not need.ok]
+    if not event.sites:
+        lacking.insert(0, "probe sites")
+    return "not ready; missing: " + ", ".join(lacking)

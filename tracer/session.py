@@ -16,9 +16,9 @@ from dataclasses import dataclass
 
 from tracer import probes
 from tracer.build import Build, read_build
-from tracer.errors import AioTraceError, HostError, NoSuchProcess, SitesNotFound, TargetExited
+from tracer.errors import AioTraceError, HostError, NoSuchProcess, NotQemu, SitesNotFound, TargetExited
 from tracer.events import Alert, Event, Failure
-from tracer.target import Target, open_target
+from tracer.target import Target, open_target, qemu_hint
 from tracer.watch import Settings, Watch
 
 FOREVER_S = 3600.0
@@ -148,6 +148,9 @@ class Session:
                     f"process {target.pid} ({target.exe})",
                     self._options.settings.locate_by,
                 )
+        except NotQemu as error:
+            error.hint = qemu_hint(target.pid)
+            raise
         except OSError as error:
             raise TargetExited(f"process {target.pid} has ended") from error
         return self._builds[key]

@@ -6,6 +6,7 @@ process.
 
 from __future__ import annotations
 
+import errno
 import os
 import platform
 import re
@@ -18,9 +19,6 @@ from functools import cached_property
 from tracer.errors import NoSuchProcess, NotPermitted, NotQemu, TargetExited
 
 AT_ENTRY = 9
-
-#: Programs with QEMU's block layer in them; not qemu-ga, nor the user-mode emulators such as qemu-aarch64.
-QEMU_NAME = re.compile(r"qemu-(system|kvm|storage-daemon|nbd|img|io)|^kvm\b")
 
 # System calls in which a thread may sleep for long, by number; arch/x86/entry/syscalls/syscall_64.tbl.
 _SYSCALLS_X86_64 = {
@@ -100,6 +98,15 @@ class Region:
     def size(self) -> int:
         """Bytes."""
         return self.end - self.start
+
+
+#: What stands for a path that the kernel does not tell because it does not fit into a page.
+LONG_NAME = "(a file whose path is longer than 4 KiB)"
+
+#: Programs of QEMU, by the executable's name, that have no thread pool: helpers, and emulators of user programs.
+NO_POOL = re.compile(
+    r"^qemu-(ga|pr-helper|bridge-helper|vmsr-helper|keymap|edid|(?!system|storage|img|nbd|io|kvm|dm)[a-z0-9_]+(-static)?)$"
+)
 
 
 def _read_text(path: str) -> str:
@@ -219,9 +226,10 @@ class Target:
 
     def file_of(self, fd: int) -> str | None:
         """What a file descriptor of the process refers to, or None."""
-        with suppress(OSError):
+        try:
             return os.readlink(f"/proc/{self.pid}/fd/{fd}")
-        return None
+        except OSError as error:
+            return LONG_NAME if error.errno == errno.ENAMETOOLONG else None
 
     def eventfd_count(self, fd: int) -> int | None:
         """The counter of an eventfd of the process, None if it is none."""
@@ -252,33 +260,82 @@ def open_target(pid: int) -> Target:
     Raises NoSuchProcess, NotQemu (a thread id, a kernel thread, a zombie) or NotPermitted. Whether the
     executable really is a QEMU, its file tells (tracer/elf).
     """
-    hint = "pgrep -a qemu"
     try:
         _, fields = _stat_fields(pid)
         status = _read_text(f"/proc/{pid}/status")
     except OSError as error:
-        raise NoSuchProcess(f"there is no process {pid}", hint) from error
+        raise NoSuchProcess(f"there is no process {pid}", qemu_hint(pid)) from error
     found = re.search(r"^Tgid:\s*(\d+)", status, re.M)
     if found and int(found[1]) != pid:
         raise NotQemu(f"{pid} is a thread of process {found[1]}", f"aio-trace --pid {found[1]}")
     if fields[0] in "ZX":
-        raise NotQemu(f"process {pid} has ended already (it is a zombie)", hint)
+        raise NotQemu(f"process {pid} has ended already (it is a zombie)", qemu_hint(pid))
     try:
-        exe = os.readlink(f"/proc/{pid}/exe")
+        exe = _exe_of(pid)
     except PermissionError as error:
+        if os.geteuid() == 0:
+            raise NotPermitted(f"process {pid} may not be looked at, not even by root here", qemu_hint(pid)) from error
         raise NotPermitted(f"process {pid} may not be looked at without root", f"sudo aio-trace --pid {pid}") from error
     except OSError as error:
-        raise NotQemu(f"process {pid} has no executable: it is a kernel thread or ends", hint) from error
+        raise NotQemu(f"process {pid} has no executable: it is a kernel thread or ends", qemu_hint(pid)) from error
     return Target(pid, int(fields[19]), exe)
+
+
+def _exe_of(pid: int) -> str:
+    """Where /proc/PID/exe points; OSError if it points nowhere or may not be read.
+
+    The kernel writes that into one page. A longer path, or one that " (deleted)" makes longer, is told in
+    full by the mapping of the program's entry point alone.
+    """
+    try:
+        return os.readlink(f"/proc/{pid}/exe")
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:
+            raise
+    target = Target(pid, 0, "")
+    try:
+        entry = target.entry_address()
+        return next(region.path for region in target.regions() if region.start <= entry < region.end)
+    except (TargetExited, StopIteration):
+        return LONG_NAME
 
 
 def find_qemus() -> list[int]:
     """The pids of all processes whose executable's name says that they are a QEMU, lowest first."""
-    found = []
-    for name in os.listdir("/proc"):
-        if not name.isdigit():
-            continue
-        with suppress(OSError):
-            if QEMU_NAME.search(os.path.basename(os.readlink(f"/proc/{name}/exe"))):
-                found.append(int(name))
-    return sorted(found)
+    return sorted(pid for pid in _all_pids() if _looks_like_qemu(pid))
+
+
+def _all_pids() -> list[int]:
+    return [int(name) for name in os.listdir("/proc") if name.isdigit()]
+
+
+def _looks_like_qemu(pid: int) -> bool:
+    try:
+        return is_qemu_name(os.path.basename(_exe_of(pid)))
+    except OSError:
+        return False
+
+
+def is_qemu_name(name: str) -> bool:
+    """Whether a program of that name may have QEMU's block layer in it."""
+    name = name.removesuffix(" (deleted)")
+    return re.search(r"qemu|^kvm\b", name) is not None and not NO_POOL.match(name)
+
+
+def qemu_hint(pid: int) -> str:
+    """What to type instead where `pid` is no QEMU: the one that has this number inside its container, if any."""
+    inside = [
+        outer for outer in _all_pids() if outer != pid and _innermost_pid(outer) == pid and _looks_like_qemu(outer)
+    ]
+    if inside:
+        numbers = " ".join(f"--pid {outer}" for outer in sorted(inside))
+        return f"sudo aio-trace {numbers}    # its number on this host; {pid} is inside its container"
+    return "pgrep -a qemu"
+
+
+def _innermost_pid(pid: int) -> int | None:
+    """The number of a process in its own pid namespace, where that is not this one's; else None."""
+    with suppress(OSError):
+        found = re.search(r"^NSpid:\s*\d+.*\s(\d+)$", _read_text(f"/proc/{pid}/status"), re.M)
+        return int(found[1]) if found else None
+    return None

@@ -20,7 +20,7 @@ import pytest
 from tests.conftest import require
 from tracer import target
 from tracer.errors import NoSuchProcess, NotPermitted, NotQemu, TargetExited
-from tracer.target import QEMU_NAME, Target, Thread, find_qemus, open_target
+from tracer.target import Target, Thread, find_qemus, is_qemu_name, open_target
 
 
 @pytest.fixture
@@ -265,7 +265,7 @@ def test_where_the_program_was_loaded(child: subprocess.Popen[bytes]) -> None:
     ],
 )
 def test_names_of_qemus(name: str, is_qemu: bool) -> None:
-    assert bool(QEMU_NAME.search(name)) == is_qemu
+    assert is_qemu_name(name) == is_qemu
 
 
 def test_qemus_are_found_by_their_executable(tmp_path: Path) -> None:

@@ -14,7 +14,8 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import IO, TypeVar
 
@@ -23,6 +24,8 @@ from tracer.errors import LabError
 MARKER = "AIO_TRACE_LAB"
 TOKEN = secrets.token_hex(8)
 PR_SET_PDEATHSIG = 1
+CLONE_NEWNS, CLONE_NEWPID = 0x00020000, 0x20000000
+MS_REC, MS_PRIVATE = 0x4000, 0x40000
 
 T = TypeVar("T")
 
@@ -40,8 +43,12 @@ def wait_until(probe: Callable[[], T], timeout: float = 30.0, what: str = "the c
         pause = min(pause * 1.5, 0.05)
 
 
-def spawn(argv: Sequence[str], output: IO[bytes], chroot: Path | None = None) -> subprocess.Popen[bytes]:
+def spawn(
+    argv: Sequence[str], output: IO[bytes], chroot: Path | None = None, contained: bool = False
+) -> subprocess.Popen[bytes]:
     """Start `argv` (inside `chroot`), both outputs to `output`, so that it is killed when the lab ends.
+
+    `contained` gives it mount and pid namespaces of its own, as a container has.
 
     The kernel sends that signal when the *thread* ends that started the child, so only the main
     thread may. A session of its own keeps a terminal's Ctrl-C for the lab, which then cleans up.
@@ -53,24 +60,40 @@ def spawn(argv: Sequence[str], output: IO[bytes], chroot: Path | None = None) ->
 
     def in_child() -> None:
         libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-        if os.getppid() != parent:  # the lab died before the line above
+        # The lab died before the line above. (Process 1 of a pid namespace sees no parent: 0.)
+        if os.getppid() != (0 if contained else parent):
+            os._exit(1)
+        if contained and (libc.unshare(CLONE_NEWNS) or libc.mount(b"none", b"/", None, MS_REC | MS_PRIVATE, None)):
             os._exit(1)
         if chroot is not None:
             os.chroot(chroot)
             os.chdir("/")
 
     try:
-        return subprocess.Popen(
-            list(argv),
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            env={**os.environ, MARKER: TOKEN},
-            preexec_fn=in_child,
-            start_new_session=True,
-        )
+        with _new_pid_namespace(libc) if contained else nullcontext():
+            return subprocess.Popen(
+                list(argv),
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, MARKER: TOKEN},
+                preexec_fn=in_child,
+                start_new_session=True,
+            )
     except (OSError, subprocess.SubprocessError) as error:
         raise LabError(f"cannot start {argv[0]}: {error}", f"install {Path(argv[0]).name}") from error
+
+
+@contextmanager
+def _new_pid_namespace(libc: ctypes.CDLL) -> Iterator[None]:
+    """The next child is process 1 of a pid namespace of its own; no thread can be started meanwhile."""
+    with open("/proc/self/ns/pid", "rb") as own:
+        if libc.unshare(CLONE_NEWPID):
+            raise OSError(ctypes.get_errno(), "no new pid namespace")
+        try:
+            yield
+        finally:
+            libc.setns(own.fileno(), CLONE_NEWPID)
 
 
 def end(process: subprocess.Popen[bytes]) -> None:

@@ -81,6 +81,7 @@ class Place:
 
     folder: Path
     chroot: Path | None
+    contained: bool = False  # in mount and pid namespaces of its own
 
     def inside(self, name: str) -> str:
         """The path of a file in it, as QEMU sees it."""
@@ -269,10 +270,10 @@ class Qemu:
 AnyQemu = TypeVar("AnyQemu", bound=Qemu)
 
 
-def make_place(chroot: Path | None) -> Place:
+def make_place(chroot: Path | None, contained: bool = False) -> Place:
     """A fresh private folder, inside `chroot` if there is one."""
     base = None if chroot is None else chroot / "tmp"
-    return Place(Path(tempfile.mkdtemp(prefix="aio-trace-lab-", dir=base)), chroot)
+    return Place(Path(tempfile.mkdtemp(prefix="aio-trace-lab-", dir=base)), chroot, contained)
 
 
 def start(
@@ -286,7 +287,7 @@ def start(
     """Start `argv` and connect to its monitor; on any failure nothing of it remains."""
     try:
         with open(place.folder / "output", "wb") as output:
-            child = process.spawn(argv, output, place.chroot)
+            child = process.spawn(argv, output, place.chroot, place.contained)
     except BaseException:
         shutil.rmtree(place.folder, ignore_errors=True)
         raise
@@ -349,16 +350,18 @@ def paused(
     iothread: bool = False,
     exe: str = SYSTEM,
     chroot: Path | None = None,
+    contained: bool = False,
     trace: bool = True,
     extra: Sequence[str] = (),
 ) -> Qemu:
     """A QEMU without a guest (-S, no machine): its disks, iothreads and thread pools are real.
 
-    `iothread` moves every drive that names none to the iothread io0.
+    `contained` gives it mount and pid namespaces of its own. `iothread` moves every drive that names none to
+    the iothread io0.
     """
     if iothread:
         drives = [_served_by(drive, drive.iothread or "io0") for drive in drives]
-    place = make_place(chroot)
+    place = make_place(chroot, contained)
     argv = [exe, "-S", "-nodefaults", "-display", "none", "-machine", "none"]
     argv += common_arguments(place, drives, trace)
     for drive in drives:

@@ -7,7 +7,7 @@ thread pool.
 from __future__ import annotations
 
 from tracer.layout import BottomHalfLayout
-from tracer.sites.flow import Argument, Called, Const, Exchanged, Flow, Stored
+from tracer.sites.flow import Argument, Called, Const, Exchanged, Flow, FlowError, Stored
 from tracer.sites.program import Program
 from tracer.sites.proof import NotProved, agreed, require
 
@@ -33,18 +33,36 @@ def bottom_half_layout(program: Program) -> BottomHalfLayout:
 
 
 def schedules_with_barrier(program: Program) -> bool | None:
-    """Whether qemu_bh_schedule() marks the bottom half atomically; None if that cannot be seen.
+    """Whether bottom halves are scheduled with the barriers of QEMU commit e8d3b1a25f (in v2.3).
 
-    It does since QEMU commit e8d3b1a25f (in v2.3); before, a plain store let a wake-up be lost.
+    Since then qemu_bh_schedule() marks a bottom half, and aio_bh_poll() takes the mark off, by an atomic
+    exchange. One plain store of the two is enough to lose a wake-up. None if that cannot be seen.
     """
     schedule = program.address("qemu_bh_schedule")
     if schedule is None:
         return None
     try:
-        flags, width = _mark(program, schedule)
-    except NotProved:
+        mark = _mark(program, schedule)
+        marks = any((event.offset, event.width) == mark for event in _exchanges(program, schedule))
+        return _takes_off_atomically(program, mark) if marks else False
+    except (NotProved, FlowError):
         return None
-    return any((event.offset, event.width) == (flags, width) for event in _exchanges(program, schedule))
+
+
+def _takes_off_atomically(program: Program, mark: tuple[int, int]) -> bool | None:
+    """Whether aio_bh_poll() takes that mark (offset, width) off atomically; None if it does not show."""
+    poll = program.address("aio_bh_poll")
+    if poll is None:
+        return None
+    # The function's own argument is the AioContext, which has members at such offsets, too.
+    events = [event for event in program.flow(poll).events if getattr(event, "base", Argument(0)) != Argument(0)]
+    if any(isinstance(event, Exchanged) and (event.offset, event.width) == mark for event in events):
+        return True
+    if any(
+        isinstance(event, Stored) and (event.offset, event.width, event.value) == (*mark, Const(0)) for event in events
+    ):
+        return False
+    return None
 
 
 def _filled(flow: Flow) -> dict[int, list[int]]:
