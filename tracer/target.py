@@ -55,18 +55,21 @@ class SystemCall:
 
 @dataclass(frozen=True)
 class Thread:
-    """One thread at one moment; `state` is the letter of proc(5), `syscall` None while it runs."""
+    """One thread at one moment; `state` is the letter of proc(5), `syscall` None while it runs.
+
+    A core file knows no switches, and not every state.
+    """
 
     tid: int
     name: str
-    state: str
+    state: str | None
     syscall: SystemCall | None
-    switches: int  # voluntary context switches so far
+    switches: int | None  # voluntary context switches so far
 
     @property
     def stopped(self) -> bool:
         """Stopped by a signal or a debugger."""
-        return self.state in "Tt"
+        return self.state in ("T", "t")
 
 
 @dataclass(frozen=True)
