@@ -94,6 +94,10 @@ class ProcessView(Protocol):
         """A thread's stack; empty with `why_not` where it cannot be had (a live thread that runs)."""
         ...
 
+    def stack_at(self, pc: int, sp: int) -> Stack:
+        """The stack from there on, other registers unknown; used for the stacks of coroutines that wait."""
+        ...
+
     def function_at(self, address: int) -> tuple[str, int] | None:
         """(function, offset) of code at `address` by the symbols at hand, or None."""
         ...
@@ -120,4 +124,8 @@ class ProcessView(Protocol):
 
     def kernel_stack(self, tid: int) -> tuple[str, ...]:
         """The thread's kernel functions, innermost first; empty where it may not be read."""
+        ...
+
+    def asleep_s(self, tid: int) -> float | None:
+        """How long the thread has not run, in seconds; None where not known (always for a core)."""
         ...
