@@ -81,6 +81,7 @@ class Region:
     permissions: str
     inode: int
     path: str
+    offset: int = 0  # of `start` in the file, bytes
 
     @property
     def size(self) -> int:
@@ -202,7 +203,7 @@ def _parse_maps(text: str) -> Iterator[Region]:
         fields = line.split(None, 5)
         start, _, end = fields[0].partition("-")
         path = fields[5] if len(fields) > 5 else ""
-        yield Region(int(start, 16), int(end, 16), fields[1], int(fields[4]), path)
+        yield Region(int(start, 16), int(end, 16), fields[1], int(fields[4]), path, int(fields[2], 16))
 
 
 def open_target(pid: int) -> Target:
