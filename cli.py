@@ -16,7 +16,7 @@ import os  # noqa: E402
 import re  # noqa: E402
 import sys  # noqa: E402
 from collections.abc import Callable, Sequence  # noqa: E402
-from contextlib import suppress  # noqa: E402
+from contextlib import closing, suppress  # noqa: E402
 from typing import Any, TextIO  # noqa: E402
 
 import click  # noqa: E402
@@ -31,7 +31,7 @@ from tracer.errors import (  # noqa: E402
     HostError,
     NoSuchProcess,
 )
-from tracer.events import Event  # noqa: E402
+from tracer.events import Diagnosis, Event  # noqa: E402
 
 UNITS_S = {"us": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0}
 MAX_DURATION_S = 365 * 24 * 3600.0
@@ -230,6 +230,62 @@ def _interrupt(_number: int, _frame: Any) -> None:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     raise Interrupted
+
+
+@aio_trace.command()
+@click.option("--pid", type=click.IntRange(min=1), metavar="PID", help="The QEMU to look at.")
+@click.option(
+    "--deadline",
+    type=Duration(),
+    default="200ms",
+    show_default=True,
+    help="A request that does not go on for this long is overdue.",
+)
+@click.option("--json", "as_json", is_flag=True, help="One JSON object on standard output.")
+@click.option("-v", "--verbose", is_flag=True, help="Every request in full, every thread.")
+def inspect(pid: int | None, deadline: float, as_json: bool, verbose: bool) -> int:
+    """Says at once why a VM's disk hangs: every pool, every request, one verdict.
+
+    Reads memory only; a live process is not stopped. Exit status: 0 nothing overdue, 1 could not do it,
+    2 usage, 3 at least one overdue request.
+    """
+    if pid is None:
+        raise click.UsageError("Which QEMU? Give --pid PID.")
+    streams = Streams()
+    try:
+        found = _inspect_pid(pid, deadline)
+        _write_diagnosis(streams, found, as_json, verbose)
+    except BrokenPipeError:
+        return EXIT_FAILED
+    except AioTraceError as error:
+        _report(error, streams, as_json, pid, verbose)
+        return error.status
+    _close_quietly(streams.out)
+    return EXIT_ALERT if found.overdue else EXIT_OK
+
+
+def _inspect_pid(pid: int, deadline: float) -> Diagnosis:
+    from tracer.build import read_build
+    from tracer.inspect import diagnose
+    from tracer.live import LiveView
+    from tracer.target import open_target
+
+    target = open_target(pid)
+    with closing(LiveView(target)) as view:
+        return diagnose(view, read_build(target.image_path, target.exe), deadline, STARTED)
+
+
+def _write_diagnosis(streams: Streams, found: Diagnosis, as_json: bool, verbose: bool) -> None:
+    from tracer.report_inspect import diagnosis_json, diagnosis_text
+
+    text = json.dumps(diagnosis_json(found)) if as_json else diagnosis_text(found, verbose)
+    try:
+        streams.out.write(text + "\n")
+        streams.out.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise HostError(f"standard output cannot be written to: {error.strerror}") from error
 
 
 @aio_trace.command()

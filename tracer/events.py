@@ -140,3 +140,112 @@ class Failure(Event):
 
     message: str
     hint: str | None
+
+
+@dataclass(frozen=True)
+class InspectedRequest:
+    """One request as memory shows it; `cause` and `explanation` are None unless it is overdue.
+
+    `age_s` is how long it is known to be in its state, at least; None for a core file. Names beside
+    addresses are those of symbols at hand.
+    """
+
+    request: int
+    pool: int
+    context: int
+    kind: str | None
+    file: str | None
+    offset: int | None
+    bytes: int | None
+    node: str | None
+    state: str
+    ret: int | None
+    age_s: float | None
+    deadline_s: float | None
+    cause: str | None
+    explanation: str | None
+    evidence: Mapping[str, Any] | None
+    func: int
+    func_name: str | None
+    arg: int
+    callback: int
+    callback_name: str | None
+    opaque: int
+    next: int
+    prev: int
+    coroutine: int | None
+    coroutine_entry: int | None
+    coroutine_entry_name: str | None
+    coroutine_entry_arg: int | None
+    coroutine_caller: int | None
+    coroutine_stack: tuple[str, ...]
+
+    @property
+    def overdue(self) -> bool:
+        """Whether it is accused."""
+        return self.cause is not None
+
+
+@dataclass(frozen=True)
+class InspectedPool:
+    """One thread pool and all that is in it; `torn` says why its list is incomplete, or is None."""
+
+    pool: int
+    context: int
+    main_loop: bool
+    home_tid: int | None
+    home_name: str | None
+    bottom_half: int
+    scheduled: bool | None
+    current: int | None
+    idle: int | None
+    max: int | None
+    requests: tuple[InspectedRequest, ...]
+    torn: str | None
+
+
+@dataclass(frozen=True)
+class InspectedThread:
+    """One thread; `stack` innermost first, and what is missing of it, or None."""
+
+    tid: int
+    name: str
+    state: str | None
+    syscall: str | None
+    stack: tuple[str, ...]
+    stack_missing: str | None
+    home: bool
+
+
+@dataclass(frozen=True)
+class KnownBug:
+    """A fix in QEMU's history that this version may lack."""
+
+    commit: str
+    hang_class: str
+    versions: str
+
+
+@dataclass(frozen=True)
+class Diagnosis(Event):
+    """What `inspect` found: of a live process, or of a core file (`core` is its path)."""
+
+    core: str | None
+    exe: str | None
+    version: str | None
+    pools: tuple[InspectedPool, ...]
+    threads: tuple[InspectedThread, ...]
+    draining: str | None
+    verdict: str
+    explanation: str
+    known_bugs: tuple[KnownBug, ...] | None
+    barrier_fixed: bool | None
+    bypassing: tuple[str, ...]
+    notes: tuple[str, ...]
+    watched_s: float
+    took_s: float
+
+    @property
+    def overdue(self) -> int:
+        """How many requests are accused."""
+        return sum(request.overdue for pool in self.pools for request in pool.requests)

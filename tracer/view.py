@@ -26,7 +26,7 @@ class Frame:
 
     def __str__(self) -> str:
         if self.function is not None:
-            return f"{self.function}+{self.offset or 0:#x}"
+            return self.function if self.offset is None else f"{self.function}+{self.offset:#x}"
         return f"{self.address:#x}" + (f" ({self.module.rpartition('/')[2]})" if self.module else "")
 
 
@@ -124,6 +124,10 @@ class ProcessView(Protocol):
 
     def kernel_stack(self, tid: int) -> tuple[str, ...]:
         """The thread's kernel functions, innermost first; empty where it may not be read."""
+        ...
+
+    def arguments(self) -> tuple[str, ...]:
+        """The command line; empty where not known."""
         ...
 
     def asleep_s(self, tid: int) -> float | None:

@@ -10,12 +10,12 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from tracer import figures, posix_aio, probes
+from tracer import figures, probes
 from tracer.build import Build, load
 from tracer.events import Alert, Attached, Counts, Event, PoolInfo, ProbeInfo, Requests, Resolved, TargetEnded
 from tracer.layout import RequestState
+from tracer.live import LiveView
 from tracer.looking import Finding, Looker
-from tracer.memory import LiveMemory
 from tracer.pools import Pool
 from tracer.probes import Record, Statistics
 from tracer.sampling import MemorySampler
@@ -61,10 +61,10 @@ class Watch:
         self._build = build
         self._settings = settings
         self._emit = emit
-        self._memory = LiveMemory(target)
-        loaded = load(target, self._memory, build)
+        self._view = LiveView(target)
+        loaded = load(self._view, build)
         self._reader = loaded.reader
-        self._looker = Looker(target, self._memory, loaded)
+        self._looker = Looker(self._view, loaded)
         self._probes: probes.Probes | None = None
         self._sampler: MemorySampler | None = None
         self._alerted: dict[int, _Alerted] = {}
@@ -89,7 +89,7 @@ class Watch:
             self._probes = probes.Probes(self.target.pid, sites, element, self._settings.max_requests)
             self.target.check_alive()
             self._probes.attach()
-        pools = self._reader.find(self._memory.chunks(self._memory.heap_regions()))
+        pools = self._reader.find(self._view.heap_chunks())
         in_flight = self._adopt(pools)
         now = time.monotonic()
         self._began = self._period_start = self._last_scan = now
@@ -132,7 +132,7 @@ class Watch:
             for request in found:
                 done = request.state == RequestState.THREAD_DONE
                 if self._with_submit or done:
-                    kind = posix_aio.read_operation(self._memory, self.target, request.arg).kind or "other"
+                    kind = self._looker.operation(request).kind or "other"
                     self._probes.adopt(request.address, kind, time.monotonic_ns(), done)
         return in_flight
 
@@ -324,7 +324,7 @@ class Watch:
         if self._probes is not None:
             self._probes.close()
             self._probes = None
-        self._memory.close()
+        self._view.close()
 
 
 def _never_overdue(finding: Finding) -> bool:
