@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import re
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -32,6 +32,12 @@ SYSCALLS = {
     437: "openat2", 441: "epoll_pwait2", 449: "futex_waitv",
 }  # fmt: skip
 
+RESTART_SYSCALL = 219
+_FUTEX_WAIT_BITSET = (0x89, 0x189)
+_MATCH_ANY = 0xFFFFFFFF
+_MAX_POLL_SET = 65536
+PAGE_ZERO = 4096  # no address is below it
+
 #: System calls whose first argument is a file descriptor worth naming.
 FILE_SYSCALLS = frozenset(
     {
@@ -40,6 +46,18 @@ FILE_SYSCALLS = frozenset(
         *("connect", "accept", "accept4", "sendto", "recvfrom", "sendmsg", "recvmsg", "recvmmsg"),
     }
 )
+
+
+def syscall_name(number: int, args: Sequence[int]) -> str:
+    """The name of a system call; of one that goes on after a stop, the one that it was."""
+    if number != RESTART_SYSCALL:
+        return SYSCALLS.get(number, f"system call {number}")
+    # Only these have a restart block, and the registers still hold their arguments.
+    if args[1] in _FUTEX_WAIT_BITSET and args[5] & _MATCH_ANY == _MATCH_ANY:
+        return "futex"
+    if args[0] < PAGE_ZERO:
+        return "clock_nanosleep"
+    return "poll" if args[1] < _MAX_POLL_SET else "nanosleep"
 
 
 @dataclass(frozen=True)
@@ -154,8 +172,7 @@ class Target:
             return None
         number = int(words[0])
         values = [int(word, 16) for word in words[1:]]
-        name = SYSCALLS.get(number, f"system call {number}")
-        return SystemCall(number, name, tuple(values[:6]), values[6], values[7])
+        return SystemCall(number, syscall_name(number, values[:6]), tuple(values[:6]), values[6], values[7])
 
     def regions(self) -> list[Region]:
         """The mappings of /proc/PID/maps, in order of address."""

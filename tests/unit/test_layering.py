@@ -27,7 +27,7 @@ STAGES: tuple[tuple[str, ...], ...] = (
     ("tracer.sites", "tracer.eh_frame"),
     ("tracer.memory",),
     ("tracer.view",),
-    ("tracer.unwind",),
+    ("tracer.unwind", "tracer.corefile"),
     ("tracer.live", "tracer.core"),
     ("tracer.pools",),
     ("tracer.home", "tracer.posix_aio", "tracer.coroutine", "tracer.build"),
