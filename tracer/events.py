@@ -88,6 +88,8 @@ class Counts(Event):
     latency: Mapping[str, Latency]
     by_kind: Mapping[str, Mapping[str, Latency]]
     notes: tuple[str, ...] = ()
+    by_file: Mapping[str, Mapping[str, Latency]] = field(default_factory=dict)
+    late: int | None = None  # completed, but a deadline or more after being done: cured by chance
 
 
 @dataclass(frozen=True)

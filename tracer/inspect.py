@@ -93,6 +93,11 @@ def diagnose(view: ProcessView, build: Build, patience_s: float = PATIENCE_S, be
     return _Inspection(view, load(view, build)).run(0.0 if view.core else patience_s, started)
 
 
+def stuck(view: ProcessView, loaded: Loaded, pools: Sequence[Pool], patience_s: float = PATIENCE_S) -> set[int]:
+    """The addresses of the requests in `pools` that provably do not go on for `patience_s`."""
+    return _Inspection(view, loaded).accused(pools, patience_s)
+
+
 class _Inspection:
     def __init__(self, view: ProcessView, loaded: Loaded) -> None:
         self._view = view
@@ -130,6 +135,14 @@ class _Inspection:
             self._watched_s,
             time.monotonic() - started,
         )
+
+    def accused(self, found: Sequence[Pool], patience_s: float) -> set[int]:
+        return {
+            request.address
+            for watched in self._watch(found, patience_s)
+            for request in _persistent(watched)
+            if self._accuse(watched, request, self._looker.operation(request))
+        }
 
     # -- looks --------------------------------------------------------------------------------------
 
@@ -195,7 +208,7 @@ class _Inspection:
 
     def _request(self, watched: _Watched, request: Request, suspect: bool, patience_s: float) -> InspectedRequest:
         operation = self._looker.operation(request)
-        accused = self._accuse(watched, request, operation, patience_s) if suspect else None
+        accused = self._accuse(watched, request, operation) if suspect else None
         if accused is not None and not self._is_core and not self._still(request, operation):
             accused = None
         facts, verdict = accused or (None, None)
@@ -238,9 +251,7 @@ class _Inspection:
 
     # -- accusation ---------------------------------------------------------------------------------
 
-    def _accuse(
-        self, watched: _Watched, request: Request, operation: Operation, patience_s: float
-    ) -> tuple[Facts, Verdict] | None:
+    def _accuse(self, watched: _Watched, request: Request, operation: Operation) -> tuple[Facts, Verdict] | None:
         """Why a request does not go on; None where it may be another one at every look, or on its way."""
         facts = self._looker.first_facts(request, operation, self._watched_s)
         facts = replace(facts, at_least=True, missing=_missing(watched))

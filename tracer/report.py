@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from typing import Any, Protocol, TextIO
 
@@ -138,6 +138,10 @@ def _latency_json(latency: Latency) -> dict[str, Any]:
     }
 
 
+def _stages_json(stages: Mapping[str, Latency]) -> dict[str, Any]:
+    return {stage: _latency_json(latency) for stage, latency in stages.items()}
+
+
 def _counts_body(event: Counts) -> dict[str, Any]:
     requests = event.requests
     return {
@@ -151,11 +155,10 @@ def _counts_body(event: Counts) -> dict[str, Any]:
         },
         "alerts": event.alerts,
         "lost_records": event.lost_records,
-        "latency_us": {stage: _latency_json(latency) for stage, latency in event.latency.items()},
-        "by_kind": {
-            kind: {stage: _latency_json(latency) for stage, latency in stages.items()}
-            for kind, stages in event.by_kind.items()
-        },
+        "late": event.late,
+        "latency_us": _stages_json(event.latency),
+        "by_kind": {kind: _stages_json(stages) for kind, stages in event.by_kind.items()},
+        "by_file": {file: _stages_json(stages) for file, stages in event.by_file.items()},
         "notes": list(event.notes),
     }
 
@@ -268,9 +271,10 @@ class TableWriter:
                 ("completed", requests.completed),
                 ("cancelled", requests.cancelled),
                 ("in flight", requests.in_flight),
+                ("late", event.late),
                 ("alerts", event.alerts),
             )
-            if value is not None and (value or name != "cancelled")
+            if value is not None and (value or name not in ("cancelled", "late"))
         ]
         title = f"summary of {event.period_s:.1f} s" if event.final else f"last {event.period_s:.1f} s"
         lines = [f"{self._when(event)}{title}: " + ", ".join(parts)]
@@ -283,11 +287,12 @@ class TableWriter:
 
     def _latencies(self, event: Counts) -> str:
         rows = [_row(STAGE_TITLES[stage], latency) for stage, latency in event.latency.items()]
-        kinds = event.by_kind if event.final or self._verbose else {}
-        for kind, stages in kinds.items():
-            latency = stages.get("total") or stages.get("done_to_callback")
-            if latency:
-                rows.append(_row(f"  {kind}", latency))
+        for group in (event.by_kind, event.by_file):
+            # One of one says nothing that the total does not.
+            for name, stages in group.items() if len(group) > 1 or event.final or self._verbose else ():
+                latency = stages.get("total") or stages.get("done_to_callback")
+                if latency:
+                    rows.append(_row(f"  {shortened(name)}", latency))
         rows = [row for row in rows if row[1]]
         if not rows:
             return ""
@@ -329,6 +334,11 @@ class TableWriter:
     def _resolved(self, event: Resolved) -> str:
         self._alike = None
         return f"{self._when(event)}resolved: request {event.request:#x} went on after {event.after_s:.2f} s"
+
+
+def shortened(path: str, width: int = 30) -> str:
+    """The end of a long path, which is the part that differs."""
+    return path if len(path) <= width else "…" + path[1 - width :]
 
 
 def _home_of(pool: PoolInfo) -> str:
