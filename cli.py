@@ -234,6 +234,8 @@ def _interrupt(_number: int, _frame: Any) -> None:
 
 @aio_trace.command()
 @click.option("--pid", type=click.IntRange(min=1), metavar="PID", help="The QEMU to look at.")
+@click.option("--core", type=click.Path(), metavar="FILE", help="A core file of a QEMU to look at instead.")
+@click.option("--exe", type=click.Path(), metavar="FILE", help="The executable that the core file is of.")
 @click.option(
     "--deadline",
     type=Duration(),
@@ -243,17 +245,19 @@ def _interrupt(_number: int, _frame: Any) -> None:
 )
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on standard output.")
 @click.option("-v", "--verbose", is_flag=True, help="Every request in full, every thread.")
-def inspect(pid: int | None, deadline: float, as_json: bool, verbose: bool) -> int:
+def inspect(pid: int | None, core: str | None, exe: str | None, deadline: float, as_json: bool, verbose: bool) -> int:
     """Says at once why a VM's disk hangs: every pool, every request, one verdict.
 
     Reads memory only; a live process is not stopped. Exit status: 0 nothing overdue, 1 could not do it,
     2 usage, 3 at least one overdue request.
     """
-    if pid is None:
-        raise click.UsageError("Which QEMU? Give --pid PID.")
+    if (pid is None) == (core is None):
+        raise click.UsageError("Which QEMU? Give --pid PID, or --core FILE.")
+    if exe is not None and core is None:
+        raise click.UsageError("--exe belongs to --core.")
     streams = Streams()
     try:
-        found = _inspect_pid(pid, deadline)
+        found = _inspect_core(core, exe) if core is not None else _inspect_pid(pid or 0, deadline)
         _write_diagnosis(streams, found, as_json, verbose)
     except BrokenPipeError:
         return EXIT_FAILED
@@ -273,6 +277,15 @@ def _inspect_pid(pid: int, deadline: float) -> Diagnosis:
     target = open_target(pid)
     with closing(LiveView(target)) as view:
         return diagnose(view, read_build(target.image_path, target.exe), deadline, STARTED)
+
+
+def _inspect_core(core: str, exe: str | None) -> Diagnosis:
+    from tracer.build import build_of
+    from tracer.core import CoreView
+    from tracer.inspect import diagnose
+
+    with closing(CoreView(core, exe)) as view, view.open_image() as image:
+        return diagnose(view, build_of(image, view.exe or core), began=STARTED)
 
 
 def _write_diagnosis(streams: Streams, found: Diagnosis, as_json: bool, verbose: bool) -> None:
