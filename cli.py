@@ -237,6 +237,12 @@ def _interrupt(_number: int, _frame: Any) -> None:
 @click.option("--core", type=click.Path(), metavar="FILE", help="A core file of a QEMU to look at instead.")
 @click.option("--exe", type=click.Path(), metavar="FILE", help="The executable that the core file is of.")
 @click.option(
+    "--save",
+    type=click.Path(),
+    metavar="FILE",
+    help="Also write a core without guest RAM, and FILE.json; stops the process for milliseconds.",
+)
+@click.option(
     "--deadline",
     type=Duration(),
     default="200ms",
@@ -245,20 +251,38 @@ def _interrupt(_number: int, _frame: Any) -> None:
 )
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on standard output.")
 @click.option("-v", "--verbose", is_flag=True, help="Every request in full, every thread.")
-def inspect(pid: int | None, core: str | None, exe: str | None, deadline: float, as_json: bool, verbose: bool) -> int:
+def inspect(
+    pid: int | None,
+    core: str | None,
+    exe: str | None,
+    save: str | None,
+    deadline: float,
+    as_json: bool,
+    verbose: bool,
+) -> int:
     """Says at once why a VM's disk hangs: every pool, every request, one verdict.
 
-    Reads memory only; a live process is not stopped. Exit status: 0 nothing overdue, 1 could not do it,
-    2 usage, 3 at least one overdue request.
+    Reads memory only; a live process is not stopped, but by --save, and that for milliseconds. Exit
+    status: 0 nothing overdue, 1 could not do it, 2 usage, 3 at least one overdue request.
     """
     if (pid is None) == (core is None):
         raise click.UsageError("Which QEMU? Give --pid PID, or --core FILE.")
     if exe is not None and core is None:
         raise click.UsageError("--exe belongs to --core.")
+    if save is not None and pid is None:
+        raise click.UsageError("--save belongs to --pid.")
     streams = Streams()
     try:
-        found = _inspect_core(core, exe) if core is not None else _inspect_pid(pid or 0, deadline)
+        if core is not None:
+            found = _inspect_core(core, exe)
+        elif save is not None:
+            found = _inspect_and_save(pid or 0, deadline, save, streams.progress)
+        else:
+            found = _inspect_pid(pid or 0, deadline)
         _write_diagnosis(streams, found, as_json, verbose)
+    except Interrupted:
+        streams.progress("interrupted; nothing was saved")
+        return EXIT_FAILED
     except BrokenPipeError:
         return EXIT_FAILED
     except AioTraceError as error:
@@ -277,6 +301,31 @@ def _inspect_pid(pid: int, deadline: float) -> Diagnosis:
     target = open_target(pid)
     with closing(LiveView(target)) as view:
         return diagnose(view, read_build(target.image_path, target.exe), deadline, STARTED)
+
+
+def _inspect_and_save(pid: int, deadline: float, path: str, progress: Callable[[str], None]) -> Diagnosis:
+    """As _inspect_pid, with a core and the report in files; the diagnosis is made before the process stops."""
+    from tracer.build import read_build
+    from tracer.inspect import diagnose
+    from tracer.live import LiveView
+    from tracer.report_inspect import diagnosis_json
+    from tracer.save import refuse_existing, save, save_report
+    from tracer.target import open_target
+
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, _interrupt)
+    target = open_target(pid)
+    report = f"{path}.json"
+    refuse_existing(path, report)
+    with closing(LiveView(target)) as view:
+        found = diagnose(view, read_build(target.image_path, target.exe), deadline, STARTED)
+        saved = save(view, path)
+    save_report(saved, report, json.dumps(diagnosis_json(found)) + "\n")
+    progress(f"saved {path} ({saved.size / (1 << 20):.1f} MiB, no guest RAM) and {report}")
+    progress(f"the process stood still for {saved.stopped_s * 1e3:.1f} ms while its registers were taken")
+    if saved.partial:
+        progress(f"{saved.partial} of {saved.threads} threads sleep in the kernel and were not stopped")
+    return found
 
 
 def _inspect_core(core: str, exe: str | None) -> Diagnosis:

@@ -200,7 +200,8 @@ class CoreFile:
         kind, machine, _, _, phoff, shoff, _, _, phentsize, phnum = struct.unpack_from("<HHIQQQIHHH", head, 16)
         if kind != ET_CORE:
             raise CoreError(
-                f"{self.path} is a program or library, not a core file", f"{_TAKE_ONE} (--exe FILE names it)"
+                f"{self.path} is a program or library, not a core file",
+                "aio-trace inspect --core FILE --exe " + self.path,
             )
         if machine != EM_X86_64:
             raise CoreError(f"{self.path} is the core of another machine's process ({machine}); x86-64 is read here")
@@ -300,7 +301,7 @@ def _map(path: str) -> mmap.mmap:
         with open(path, "rb") as file:
             return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     except FileNotFoundError as error:
-        raise CoreError(f"there is no file {path}", _TAKE_ONE) from error
+        raise CoreError(f"there is no file {path}") from error
     except IsADirectoryError as error:
         raise CoreError(f"{path} is a folder, not a core file", _TAKE_ONE) from error
     except PermissionError as error:

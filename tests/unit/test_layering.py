@@ -28,7 +28,7 @@ STAGES: tuple[tuple[str, ...], ...] = (
     ("tracer.memory",),
     ("tracer.view",),
     ("tracer.unwind", "tracer.corefile"),
-    ("tracer.live", "tracer.core"),
+    ("tracer.live", "tracer.core", "tracer.registers"),
     ("tracer.pools",),
     ("tracer.home", "tracer.posix_aio", "tracer.coroutine", "tracer.build"),
     ("tracer.probes", "tracer.verdict"),
