@@ -12,6 +12,7 @@ import struct
 from dataclasses import dataclass, replace
 
 from tracer.errors import FaultError, TargetError
+from tracer.memory import PAGE
 from tracer.target import Region
 from tracer.view import Frame, ProcessView, Stack
 
@@ -70,25 +71,31 @@ def _stack(view: ProcessView, code: list[Region], opaque: int, entry: int) -> St
     Its registers are not at hand (sigsetjmp mangles them), but above a local variable stands the return
     address of its function. What only looks like one does not lead to the coroutine's entry function.
     """
-    try:
-        data = view.memory.read(opaque, FRAME_SIZE)
-    except FaultError:
-        return NO_STACK
     attempts = 0
-    for index, word in enumerate(struct.unpack(f"<{FRAME_SIZE // 8}Q", data)):
+    for index, word in enumerate(_words_from(view, opaque)):
         if attempts < MAX_ATTEMPTS and _is_code(code, word):
             attempts += 1
-            frames = _down_to_entry(view.stack_at(word, opaque + 8 * index + 8).frames, entry)
+            frames = _down_to_entry(view.stack_at(word, opaque + 8 * index + 8).frames, code, entry)
             if frames:
                 return Stack(frames, True)
     return NO_STACK
 
 
-def _down_to_entry(frames: tuple[Frame, ...], entry: int) -> tuple[Frame, ...]:
+def _words_from(view: ProcessView, address: int) -> tuple[int, ...]:
+    """FRAME_SIZE bytes as words; fewer where the stack ends before."""
+    for size in (FRAME_SIZE, min(FRAME_SIZE, PAGE - address % PAGE)):
+        try:
+            return struct.unpack(f"<{size // 8}Q", view.memory.read(address, size // 8 * 8))
+        except FaultError:
+            continue
+    return ()
+
+
+def _down_to_entry(frames: tuple[Frame, ...], code: list[Region], entry: int) -> tuple[Frame, ...]:
     """The frames down to the entry function and its caller; none where they do not lead there."""
     for at in range(len(frames) - 2, -1, -1):
         offset = frames[at].address - entry
-        if 0 < offset < ENTRY_SIZE:
+        if 0 < offset < ENTRY_SIZE and _is_code(code, frames[at + 1].address):
             own = frames[at] if frames[at].function else replace(frames[at], function="entry", offset=offset)
             caller = frames[at + 1]
             return (*frames[:at], own, caller if caller.function else replace(caller, function=TRAMPOLINE, offset=None))

@@ -212,6 +212,7 @@ class _Inspection:
         if accused is not None and not self._is_core and not self._still(request, operation):
             accused = None
         facts, verdict = accused or (None, None)
+        node = posix_aio.read_node(self._view.memory, request.arg) if operation.fd is not None else None
         waiter = read_waiter(self._view, self._code, request.opaque) if request.callback else None
         entry = self._looker.function(waiter.entry) if waiter else None
         return InspectedRequest(
@@ -219,10 +220,10 @@ class _Inspection:
             watched.pool.address,
             watched.pool.context,
             operation.kind,
-            operation.file,
+            operation.file or (node.file if node else None),
             operation.offset,
             operation.bytes,
-            posix_aio.node_name(self._view.memory, request.arg) if operation.fd is not None else None,
+            node.name if node else None,
             request.state.name,
             request.ret,
             facts.age_s if facts and not self._is_core else None,
@@ -253,6 +254,10 @@ class _Inspection:
 
     def _accuse(self, watched: _Watched, request: Request, operation: Operation) -> tuple[Facts, Verdict] | None:
         """Why a request does not go on; None where it may be another one at every look, or on its way."""
+        if operation.file is None and operation.fd is not None:
+            # A core file does not tell what its file descriptors were.
+            node = posix_aio.read_node(self._view.memory, request.arg)
+            operation = replace(operation, file=node.file if node else None)
         facts = self._looker.first_facts(request, operation, self._watched_s)
         facts = replace(facts, at_least=True, missing=_missing(watched))
         if request.state == RequestState.THREAD_DONE:
@@ -360,6 +365,9 @@ class _Inspection:
         torn = [pool for pool in pools if pool.torn]
         if torn:
             return Verdict(UNKNOWN, f"The list of {len(torn)} pools could not be read to the end: {torn[0].torn}.")
+        missing = self._view.missing()
+        if missing:
+            return Verdict(UNKNOWN, f"Nothing overdue was found in what the core holds, but {'; '.join(missing)}.")
         if drains:
             return Verdict(ELSEWHERE, f"{seen} Yet the home thread waits in {drains}: for something else. {blind}")
         if bypassing:
@@ -367,7 +375,7 @@ class _Inspection:
         return Verdict(HEALTHY, seen)
 
     def _notes(self, pools: Sequence[InspectedPool], threads: Sequence[InspectedThread]) -> tuple[str, ...]:
-        notes = []
+        notes = list(self._view.missing())
         if not pools:
             notes.append("no thread pool was found in memory; QEMU makes it with the first request that needs it")
         for pool in pools:

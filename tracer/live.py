@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import re
+import time
 from collections.abc import Iterable
 from contextlib import suppress
 
@@ -17,6 +18,9 @@ from tracer.memory import LiveMemory
 from tracer.target import Region, Target, Thread
 from tracer.unwind import Unwinder
 from tracer.view import Stack
+
+#: How often a thread that runs is looked at for its stack, and how long to wait in between (seconds).
+ATTEMPTS, PAUSE_S = 4, 0.0005
 
 
 class LiveView:
@@ -65,17 +69,20 @@ class LiveView:
         return sorted(threads, key=lambda thread: thread.tid != self.pid)
 
     def stack(self, tid: int) -> Stack:
-        """The stack of a thread that sleeps in a system call; it may wake meanwhile, which is noticed."""
-        before = self.target.thread(tid)
-        if before is None:
-            return Stack(why_not="the thread is gone")
-        if before.syscall is None:
-            return Stack(why_not="the thread runs; its registers cannot be read without stopping it")
-        stack = self.stack_at(before.syscall.pc, before.syscall.sp)
-        after = self.target.thread(tid)
-        if after is None or after.syscall != before.syscall or after.switches != before.switches:
-            return Stack(stack.frames, False, "the thread went on while its stack was read")
-        return stack
+        """The stack of a thread that sleeps in a system call; where it woke meanwhile, the next one."""
+        for attempt in range(ATTEMPTS):
+            if attempt:
+                time.sleep(PAUSE_S)
+            before = self.target.thread(tid)
+            if before is None:
+                return Stack(why_not="the thread is gone")
+            if before.syscall is None:
+                continue
+            stack = self.stack_at(before.syscall.pc, before.syscall.sp)
+            after = self.target.thread(tid)
+            if after is not None and (after.syscall, after.switches) == (before.syscall, before.switches):
+                return stack
+        return Stack(why_not="the thread runs; its registers cannot be read without stopping it")
 
     def stack_at(self, pc: int, sp: int) -> Stack:
         """The stack from a program counter and a stack pointer on."""
@@ -125,6 +132,10 @@ class LiveView:
                 found = re.findall(pattern, file.read(), re.M)
                 if found:
                     return tuple(found)
+        return ()
+
+    def missing(self) -> tuple[str, ...]:
+        """Nothing: all of the process is there."""
         return ()
 
     def arguments(self) -> tuple[str, ...]:

@@ -50,6 +50,7 @@ OTHER = "other"
 NODE_NAME_SIZE = 32  # BlockDriverState.node_name, include/block/block_int-common.h
 #: BlockDriverState holds four paths of PATH_MAX bytes before node_name; bytes.
 BDS_SIZE = 24 << 10
+_PATH = re.compile(rb"(/[\x20-\x7e\x80-\xff]{1,4094})\0")
 _NODE_NAME = re.compile(rb"[A-Za-z#_][\x21-\x7e]{0,30}\0+")
 
 
@@ -77,17 +78,13 @@ ORDERS = (SINCE_4_0, UP_TO_3_1)
 
 @dataclass(frozen=True)
 class Operation:
-    """One operation on a file; None where it is not known or does not apply; bytes.
-
-    `node` is the block node's name.
-    """
+    """One operation on a file; None where it is not known or does not apply; bytes."""
 
     kind: str | None = None
     fd: int | None = None
     file: str | None = None
     offset: int | None = None
     bytes: int | None = None
-    node: str | None = None
 
 
 def order_of(version: str | None) -> Order:
@@ -134,12 +131,20 @@ def _read(view: ProcessView, arg: int, order: Order) -> Operation | None:
     return Operation(kind, fd, file, offset, size)
 
 
-def node_name(memory: MemoryReader, arg: int) -> str | None:
-    """The name of the block node that the request with this `arg` is for, or None.
+@dataclass(frozen=True)
+class Node:
+    """A block node (BlockDriverState): its name and the file that it was opened by, where that is a path."""
+
+    name: str
+    file: str | None
+
+
+def read_node(memory: MemoryReader, arg: int) -> Node | None:
+    """The block node that the request with this `arg` is for, or None.
 
     `bs` is the first member in both orders. BlockDriverState's other offsets differ from build to build,
     but right behind node_name stands its entry in the list of all named nodes: what comes before it there
-    points back to this very `bs`.
+    points back to this very `bs`. The first path ahead of it is `filename`.
     """
     try:
         bs = read_u64(memory, arg)
@@ -151,12 +156,18 @@ def node_name(memory: MemoryReader, arg: int) -> str | None:
         if name % 8 or behind + 16 > len(data) or data[found.end() - 1 : behind].strip(b"\0"):
             continue
         (back,) = struct.unpack_from("<Q", data, behind + 8)
-        try:
-            if back and read_u64(memory, back) == bs:
-                return data[name:behind].rstrip(b"\0").decode("ascii")
-        except FaultError:
-            continue
+        if _points_to(memory, back, bs):
+            path = _PATH.search(data, 0, name)
+            file = path[1].decode(errors="replace") if path else None
+            return Node(data[name:behind].rstrip(b"\0").decode("ascii"), file)
     return None
+
+
+def _points_to(memory: MemoryReader, address: int, value: int) -> bool:
+    try:
+        return bool(address) and read_u64(memory, address) == value
+    except FaultError:
+        return False
 
 
 def _as_much(memory: MemoryReader, address: int, size: int) -> bytes:

@@ -139,7 +139,9 @@ def _request(facts: Facts) -> str:
 
 
 def _home(facts: Facts) -> str:
-    return f"thread {facts.home_tid} ({facts.home_name})" if facts.home_tid else "its home thread"
+    if not facts.home_tid:
+        return "its home thread"
+    return f"thread {facts.home_tid} ({facts.home_name})" if facts.home_name else f"thread {facts.home_tid}"
 
 
 def _age(facts: Facts) -> str:
@@ -184,15 +186,23 @@ def _judge_done(facts: Facts) -> Verdict:
             f"is on its stack), which waits in aio_poll: a callback waits for a request that only it could let go "
             f"on. This is a bug of QEMU; the storage is fine.",
         )
-    if looks[-1].parked and all(look.scheduled is False for look in looks):
+    if any(look.parked for look in looks) and all(look.scheduled is False for look in looks):
+        where = next(look.syscall for look in reversed(looks) if look.parked)
+        sleeps = "sleeps" if _slept(looks) else "comes round and sleeps again"
         return Verdict(
             LOST_WAKEUP,
-            f"{_finished(facts)}, but nobody was told: its bottom half is not scheduled, and {_home(facts)} sleeps "
-            f"in {looks[-1].syscall}. This is a lost wake-up, a bug of QEMU; the storage is fine. "
+            f"{_finished(facts)}, but nobody was told: its bottom half is not scheduled, and {_home(facts)} {sleeps} "
+            f"in {where}. This is a lost wake-up, a bug of QEMU; the storage is fine. "
             f"{known_fix(facts.barrier_fixed)}",
         )
     if looks[-1].parked and all(look.scheduled for look in looks) and _slept(looks):
         return _judge_kick(facts)
+    if all(look.parked for look in looks):
+        return Verdict(
+            UNKNOWN,
+            f"{_finished(facts)}, but why its callback does not come is not known: {_home(facts)} sleeps in "
+            f"{looks[-1].syscall}, and whether its bottom half is scheduled changes from look to look.",
+        )
     return _judge_loop(facts)
 
 
@@ -280,10 +290,16 @@ def _judge_queued(facts: Facts) -> Verdict:
     start = ""
     if facts.threads_new:
         start = f"; {facts.threads_new} more were to be started ({facts.threads_pending or 0} on their way)"
+    if idle:
+        return Verdict(
+            QUEUE_STALLED,
+            f"This {_request(facts)} {waited} although {idle} of {current} workers are idle{start}: nobody takes it. "
+            f"This is a bug of QEMU; the storage is fine.",
+        )
     return Verdict(
         QUEUE_STALLED,
-        f"This {_request(facts)} {waited} although {idle} of {current} workers are idle (at most "
-        f"{'unknown' if most is None else most}){start}: nobody takes it. This is a bug of QEMU; the storage is fine.",
+        f"This {_request(facts)} {waited} for a worker: all {current} are busy, and QEMU started no other one though "
+        f"there may be {'more' if most is None else most}{start}.",
     )
 
 

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import json
 import os
+import random
+import struct
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
 from tracer.build import Build, read_build
+from tracer.errors import FaultError, TargetError
 from tracer.events import Diagnosis
 from tracer.inspect import diagnose
 from tracer.lab import faults
@@ -23,7 +26,9 @@ from tracer.lab.nbd import KINDS
 from tracer.lab.qemu import Drive, Qemu, paused
 from tracer.lab.storage import storage
 from tracer.live import LiveView
+from tracer.memory import MemoryReader
 from tracer.target import open_target
+from tracer.view import ProcessView
 
 REPOSITORY = Path(__file__).parents[2]
 Json = dict[str, Any]
@@ -253,3 +258,92 @@ def test_a_lost_completion_beside_load() -> None:
                 assert [r.request for r in accused] == [lost.request]
                 assert found.verdict == "lost-wakeup"
         lost.free()
+
+
+# Broken evidence
+
+
+class _Mutated:
+    """A process's memory with some reads spoilt: by chance, the same way for the same seed."""
+
+    def __init__(self, memory: MemoryReader, seed: int, share: float) -> None:
+        self._memory = memory
+        self._random = random.Random(seed)
+        self._share = share
+        self._before = b""
+
+    def read(self, address: int, size: int) -> bytes:
+        data = self._memory.read(address, size)
+        if self._random.random() < self._share:
+            data = self._spoilt(address, bytearray(data))
+        self._before = data
+        return data
+
+    def _spoilt(self, address: int, data: bytearray) -> bytes:
+        size = len(data)
+        at = self._random.randrange(max(1, size - 7))
+        how = self._random.randrange(6)
+        if how == 0:
+            raise FaultError(address, len(data))
+        if how == 1:  # a wild pointer, or a count
+            data[at : at + 8] = self._random.randbytes(8)
+        elif how == 2:  # a list that is cut
+            data[at : at + 8] = bytes(8)
+        elif how == 3:  # a cycle
+            data[at : at + 8] = struct.pack("<Q", address)
+        elif how == 4:  # one bit
+            data[at] ^= 1 << self._random.randrange(8)
+        else:  # what stood elsewhere
+            data[: len(self._before)] = self._before[: len(data)]
+        return bytes(data[:size])
+
+
+class _MutatedView:
+    """A live process whose memory lies now and then; everything else is true."""
+
+    def __init__(self, view: LiveView, seed: int, share: float) -> None:
+        self._view = view
+        self.memory = _Mutated(view.memory, seed, share)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._view, name)
+
+
+#: How many seeds; the long form is asked for by the environment.
+MUTATIONS = int(os.environ.get("AIO_TRACE_MUTATIONS", "60"))
+
+
+def _mutated(pid: int) -> Iterator[tuple[int, Diagnosis]]:
+    target = open_target(pid)
+    build = read_build(target.image_path, target.exe)
+    with closing(LiveView(target)) as view:
+        for seed in range(MUTATIONS):
+            share = (0.002, 0.02, 0.1, 0.5)[seed % 4]
+            with suppress(TargetError):  # "no main context": said, not guessed
+                yield seed, diagnose(cast(ProcessView, _MutatedView(view, seed, share)), build, patience_s=0.02)
+
+
+@pytest.mark.timeout(60 + MUTATIONS * 2)
+def test_broken_evidence_accuses_nobody_else(any_loop_qemu: Qemu) -> None:
+    """With a lost completion: that one, or not known; never another request, never another cause."""
+    lost = faults.lose(any_loop_qemu, "d0", "write")
+    found = 0
+    for seed, diagnosis in _mutated(any_loop_qemu.pid):
+        assert diagnosis.took_s < 10, seed
+        accused = [r for pool in diagnosis.pools for r in pool.requests if r.overdue]
+        assert {r.request for r in accused} <= {lost.request}, seed
+        assert {r.cause for r in accused} <= {"lost-wakeup", "unknown"}, seed
+        found += diagnosis.verdict == "lost-wakeup"
+    assert found
+    lost.free()
+
+
+@pytest.mark.timeout(60 + MUTATIONS * 2)
+def test_broken_evidence_makes_no_hang(any_loop_qemu: Qemu) -> None:
+    """With requests that come and go: nobody is accused."""
+    any_loop_qemu.request("d0", "write")
+    with _Load(any_loop_qemu):
+        for seed, diagnosis in _mutated(any_loop_qemu.pid):
+            assert diagnosis.took_s < 10, seed
+            accused = [r for pool in diagnosis.pools for r in pool.requests if r.overdue and r.cause != "unknown"]
+            assert not accused, seed
