@@ -16,7 +16,7 @@ import os  # noqa: E402
 import re  # noqa: E402
 import sys  # noqa: E402
 from collections.abc import Callable, Sequence  # noqa: E402
-from contextlib import suppress  # noqa: E402
+from contextlib import closing, suppress  # noqa: E402
 from typing import Any, TextIO  # noqa: E402
 
 import click  # noqa: E402
@@ -31,7 +31,7 @@ from tracer.errors import (  # noqa: E402
     HostError,
     NoSuchProcess,
 )
-from tracer.events import Event, Failure  # noqa: E402
+from tracer.events import Diagnosis, Event, Failure  # noqa: E402
 
 UNITS_S = {"us": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0}
 MAX_DURATION_S = 365 * 24 * 3600.0
@@ -248,6 +248,124 @@ def _interrupt(_number: int, _frame: Any) -> None:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     raise Interrupted
+
+
+@aio_trace.command()
+@click.option("--pid", type=click.IntRange(min=1), metavar="PID", help="The QEMU to look at.")
+@click.option("--core", type=click.Path(), metavar="FILE", help="A core file of a QEMU to look at instead.")
+@click.option("--exe", type=click.Path(), metavar="FILE", help="The executable that the core file is of.")
+@click.option(
+    "--save",
+    type=click.Path(),
+    metavar="FILE",
+    help="Also write a core without guest RAM, and FILE.json; stops the process for milliseconds.",
+)
+@click.option(
+    "--deadline",
+    type=Duration(),
+    default="200ms",
+    show_default=True,
+    help="A request that does not go on for this long is overdue.",
+)
+@click.option("--json", "as_json", is_flag=True, help="One JSON object on standard output.")
+@click.option("-v", "--verbose", is_flag=True, help="Every request in full, every thread.")
+def inspect(
+    pid: int | None,
+    core: str | None,
+    exe: str | None,
+    save: str | None,
+    deadline: float,
+    as_json: bool,
+    verbose: bool,
+) -> int:
+    """Says at once why a VM's disk hangs: every pool, every request, one verdict.
+
+    Reads memory only; a live process is not stopped, but by --save, and that for milliseconds. Exit
+    status: 0 nothing overdue, 1 could not do it, 2 usage, 3 at least one overdue request.
+    """
+    if (pid is None) == (core is None):
+        raise click.UsageError("Which QEMU? Give --pid PID, or --core FILE.")
+    if exe is not None and core is None:
+        raise click.UsageError("--exe belongs to --core.")
+    if save is not None and pid is None:
+        raise click.UsageError("--save belongs to --pid.")
+    streams = Streams()
+    try:
+        if core is not None:
+            found = _inspect_core(core, exe)
+        elif save is not None:
+            found = _inspect_and_save(pid or 0, deadline, save, streams.progress)
+        else:
+            found = _inspect_pid(pid or 0, deadline)
+        _write_diagnosis(streams, found, as_json, verbose)
+    except Interrupted:
+        streams.progress("interrupted; nothing was saved")
+        return EXIT_FAILED
+    except BrokenPipeError:
+        return EXIT_FAILED
+    except AioTraceError as error:
+        _report(error, streams, as_json, pid, verbose)
+        return error.status
+    _close_quietly(streams.out)
+    return EXIT_ALERT if found.overdue else EXIT_OK
+
+
+def _inspect_pid(pid: int, deadline: float) -> Diagnosis:
+    from tracer.build import read_build
+    from tracer.inspect import diagnose
+    from tracer.live import LiveView
+    from tracer.target import open_target
+
+    target = open_target(pid)
+    with closing(LiveView(target)) as view:
+        return diagnose(view, read_build(target.image_path, target.exe), deadline, STARTED)
+
+
+def _inspect_and_save(pid: int, deadline: float, path: str, progress: Callable[[str], None]) -> Diagnosis:
+    """As _inspect_pid, with a core and the report in files; the diagnosis is made before the process stops."""
+    from tracer.build import read_build
+    from tracer.inspect import diagnose
+    from tracer.live import LiveView
+    from tracer.report_inspect import diagnosis_json
+    from tracer.save import refuse_existing, save, save_report
+    from tracer.target import open_target
+
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, _interrupt)
+    target = open_target(pid)
+    report = f"{path}.json"
+    refuse_existing(path, report)
+    with closing(LiveView(target)) as view:
+        found = diagnose(view, read_build(target.image_path, target.exe), deadline, STARTED)
+        saved = save(view, path)
+    save_report(saved, report, json.dumps(diagnosis_json(found)) + "\n")
+    progress(f"saved {path} ({saved.size / (1 << 20):.1f} MiB, no guest RAM) and {report}")
+    progress(f"the process stood still for {saved.stopped_s * 1e3:.1f} ms while its registers were taken")
+    if saved.partial:
+        progress(f"{saved.partial} of {saved.threads} threads sleep in the kernel and were not stopped")
+    return found
+
+
+def _inspect_core(core: str, exe: str | None) -> Diagnosis:
+    from tracer.build import build_of
+    from tracer.core import CoreView
+    from tracer.inspect import diagnose
+
+    with closing(CoreView(core, exe)) as view, view.open_image() as image:
+        return diagnose(view, build_of(image, view.exe or core), began=STARTED)
+
+
+def _write_diagnosis(streams: Streams, found: Diagnosis, as_json: bool, verbose: bool) -> None:
+    from tracer.report_inspect import diagnosis_json, diagnosis_text
+
+    text = json.dumps(diagnosis_json(found)) if as_json else diagnosis_text(found, verbose)
+    try:
+        streams.out.write(text + "\n")
+        streams.out.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise HostError(f"standard output cannot be written to: {error.strerror}") from error
 
 
 @aio_trace.command()

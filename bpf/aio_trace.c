@@ -5,8 +5,10 @@
  * Parameters by -D:
  *   SUBMIT_REGISTER, DONE_REGISTER, CALLBACK_REGISTER   member of struct pt_regs that holds the request
  *   REQUEST_CALLBACK, REQUEST_ARG, REQUEST_RET          offsets in ThreadPoolElement
- *   ARG_AIO_TYPE                                        offset of aio_type in RawPosixAIOData
+ *   ARG_AIO_TYPE, ARG_AIO_FILDES                        offsets in RawPosixAIOData, in one window of memory
  *   MAX_REQUESTS                                        requests followed at once
+ *   MAX_STATISTICS                                      kinds times files that are told apart
+ *   DEADLINE_NS                                         from when on a callback is late
  *   WITH_SUBMIT                                         1: the submit probe is attached, 0: it is not
  *   HAVE_CMPXCHG                                        1: the kernel has atomic compare and exchange (5.12)
  *
@@ -36,8 +38,13 @@ struct pt_regs {
 
 #define WORDS_TO_ARG ((REQUEST_ARG + 8 - REQUEST_CALLBACK) / 8)
 
+#define ARG_FROM (ARG_AIO_TYPE < ARG_AIO_FILDES ? ARG_AIO_TYPE : ARG_AIO_FILDES)
+#define ARG_WORDS (((ARG_AIO_TYPE > ARG_AIO_FILDES ? ARG_AIO_TYPE : ARG_AIO_FILDES) - ARG_FROM) / 4 + 1)
+
 BPF_HASH(requests, u64, struct request_record, MAX_REQUESTS);
-BPF_PERCPU_ARRAY(statistics, struct statistics, KINDS);
+/* One look-up a hit, as an array would need. Not preallocated (the flag): a QEMU has few files. */
+BPF_F_TABLE("percpu_hash", struct statistics_key, struct statistics, statistics, MAX_STATISTICS, 1);
+BPF_PERCPU_ARRAY(nothing, struct statistics, 1);
 
 /* Programs may be preempted and run again on the same CPU, so even per-CPU counts are added
  * atomically: a count that is off by one would be a lie about a lost request. */
@@ -46,11 +53,26 @@ static inline __attribute__((always_inline)) void add(u64 *counter, u64 amount)
     __sync_fetch_and_add(counter, amount);
 }
 
-static inline __attribute__((always_inline)) struct statistics *of_kind(u32 kind)
+/* The counts of one kind on one file. When there are too many files, those of the kind, which are there
+ * from the start. */
+static inline __attribute__((always_inline)) struct statistics *counts_of(u32 kind, s32 fd)
 {
-    int index = kind;
+    struct statistics_key key = {.kind = kind, .fd = fd};
+    struct statistics *s = statistics.lookup(&key);
+    struct statistics *empty;
+    int first = 0;
 
-    return statistics.lookup(&index);
+    if (s)
+        return s;
+    empty = nothing.lookup(&first);
+    if (!empty)
+        return 0;
+    statistics.insert(&key, empty);
+    s = statistics.lookup(&key);
+    if (s)
+        return s;
+    key.fd = NO_FD;
+    return statistics.lookup(&key);
 }
 
 static inline __attribute__((always_inline)) u32 bucket_of(u64 ns)
@@ -100,46 +122,58 @@ static inline __attribute__((always_inline)) bool claim_done(struct request_reco
 #endif
 }
 
-/* The kind by RawPosixAIOData.aio_type, believed only where exactly one operation's bit is set. Other
- * users of the pool (qcow2 compression and encryption) have sizes and offsets there. */
-static inline __attribute__((always_inline)) u32 kind_of(u64 arg)
+/* The callback of a request that is done comes now. */
+static inline __attribute__((always_inline)) void record_callback(struct statistics *s, u64 done_ns, u64 now)
 {
-    u32 type = 0;
-    u32 operation;
-
-    if (!arg || bpf_probe_read_user(&type, sizeof(type), (void *)(arg + ARG_AIO_TYPE)))
-        return KIND_OTHER;
-    operation = type & 0x7ff;
-    if ((type & ~0x7fff) || (operation & (operation - 1)))
-        return KIND_OTHER;
-    switch (operation) {
-    case 0x01: return 1;
-    case 0x02: return 2;
-    case 0x04: return 3;
-    case 0x08: return 4;
-    case 0x10: return 5;
-    case 0x20: return 6;
-    case 0x40: return 7;
-    case 0x80: return 8;
-    }
-    return KIND_OTHER;
+    record_stage(s, DONE_TO_CALLBACK, done_ns, now);
+    if (now >= done_ns + DEADLINE_NS)
+        add(&s->late, 1);
 }
 
 #if WITH_SUBMIT
+/* Kind and file by RawPosixAIOData, believed only where exactly one operation's bit is set. Other users
+ * of the pool (qcow2 compression and encryption) have sizes and offsets there. */
+static inline __attribute__((always_inline)) void read_operation(struct request_record *record, u64 arg)
+{
+    u32 words[ARG_WORDS] = {};
+    u32 type, operation, kind;
+
+    record->fd = NO_FD;
+    if (!arg || bpf_probe_read_user(words, sizeof(words), (void *)(arg + ARG_FROM)))
+        return;
+    type = words[(ARG_AIO_TYPE - ARG_FROM) / 4];
+    operation = type & 0x7ff;
+    if ((type & ~0x7fff) || (operation & (operation - 1)))
+        return;
+    switch (operation) {
+    case 0x01: kind = 1; break;
+    case 0x02: kind = 2; break;
+    case 0x04: kind = 3; break;
+    case 0x08: kind = 4; break;
+    case 0x10: kind = 5; break;
+    case 0x20: kind = 6; break;
+    case 0x40: kind = 7; break;
+    case 0x80: kind = 8; break;
+    default: return;
+    }
+    record->kind = kind;
+    record->fd = words[(ARG_AIO_FILDES - ARG_FROM) / 4];
+}
+
 int on_submit(struct pt_regs *ctx)
 {
     u64 request = ctx->SUBMIT_REGISTER;
     u64 words[WORDS_TO_ARG] = {};
-    struct request_record record = {};
+    struct request_record record = {.fd = NO_FD};
     struct statistics *s;
     int error;
 
     if (!bpf_probe_read_user(words, sizeof(words), (void *)(request + REQUEST_CALLBACK))) {
-        record.kind = kind_of(words[WORDS_TO_ARG - 1]);
+        read_operation(&record, words[WORDS_TO_ARG - 1]);
         if (!words[0])
             record.flags = FLAG_NO_CALLBACK;
     }
-    s = of_kind(record.kind);
+    s = counts_of(record.kind, record.fd);
     if (!s)
         return 0;
     add(&s->submitted, 1);
@@ -172,7 +206,7 @@ int on_done(struct pt_regs *ctx)
         record->done_ns = now;
         return 0;
     }
-    s = of_kind(record->kind);
+    s = counts_of(record->kind, record->fd);
     if (!s || (record->flags & FLAG_BEFORE))
         return 0;
     add(&s->done, 1);
@@ -190,7 +224,7 @@ int on_callback(struct pt_regs *ctx)
     u64 request = ctx->CALLBACK_REGISTER;
     u64 now = bpf_ktime_get_ns();
     struct request_record *record = requests.lookup(&request);
-    struct statistics *s = of_kind(record ? record->kind : KIND_OTHER);
+    struct statistics *s = record ? counts_of(record->kind, record->fd) : counts_of(KIND_OTHER, NO_FD);
     int ret = 0;
 
     if (!s)
@@ -212,7 +246,7 @@ int on_callback(struct pt_regs *ctx)
         }
     } else {
         add(&s->completed, 1);
-        record_stage(s, DONE_TO_CALLBACK, record->done_ns, now);
+        record_callback(s, record->done_ns, now);
         record_stage(s, TOTAL, record->submit_ns, now);
     }
     requests.delete(&request);
@@ -224,8 +258,8 @@ int on_callback(struct pt_regs *ctx)
 int on_done(struct pt_regs *ctx)
 {
     u64 request = ctx->DONE_REGISTER;
-    struct request_record record = {.done_ns = bpf_ktime_get_ns()};
-    struct statistics *s = of_kind(KIND_OTHER);
+    struct request_record record = {.done_ns = bpf_ktime_get_ns(), .fd = NO_FD};
+    struct statistics *s = counts_of(KIND_OTHER, NO_FD);
 
     if (!s)
         return 0;
@@ -240,7 +274,7 @@ int on_callback(struct pt_regs *ctx)
     u64 request = ctx->CALLBACK_REGISTER;
     u64 now = bpf_ktime_get_ns();
     struct request_record *record = requests.lookup(&request);
-    struct statistics *s = of_kind(KIND_OTHER);
+    struct statistics *s = counts_of(KIND_OTHER, NO_FD);
     int ret = 0;
 
     if (!s)
@@ -257,7 +291,7 @@ int on_callback(struct pt_regs *ctx)
         add(&s->before, 1);
     } else {
         add(&s->completed, 1);
-        record_stage(s, DONE_TO_CALLBACK, record->done_ns, now);
+        record_callback(s, record->done_ns, now);
     }
     requests.delete(&request);
     return 0;

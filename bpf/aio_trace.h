@@ -33,6 +33,16 @@ struct request_record {
     u64 done_ns;   /* CLOCK_MONOTONIC; 0: not done yet */
     u32 kind;
     u32 flags;
+    s32 fd;        /* the file that it is on, NO_FD where not known */
+    u32 reserved;
+};
+
+/* Counts are kept by what a request does and the file descriptor that it does it on. */
+#define NO_FD (-1)
+
+struct statistics_key {
+    u32 kind;
+    s32 fd;
 };
 
 struct stage_statistics {
@@ -42,7 +52,7 @@ struct stage_statistics {
     u64 buckets[BUCKETS];
 };
 
-/* Counts of one kind, per CPU. */
+/* Counts of one kind on one file, per CPU. */
 struct statistics {
     u64 submitted;
     u64 done;
@@ -51,6 +61,7 @@ struct statistics {
     u64 no_callback;  /* completed by being done: nobody waits */
     u64 before;       /* its end was seen here, but it was submitted before we came */
     u64 map_full;     /* could not be followed: the map of requests is full */
+    u64 late;         /* completed, but its callback came DEADLINE_NS or more after DONE */
     u64 missed;       /* a probe's hit was not seen: address recycled, or DONE without its hit */
     struct stage_statistics stages[STAGES];
 };

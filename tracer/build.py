@@ -6,15 +6,16 @@ with the pools found.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
-from tracer.elf import Image
+from tracer.elf import Bounds, Image
 from tracer.errors import FaultError, NotQemu, SitesNotFound, TargetError
-from tracer.memory import LiveMemory, read_u64
+from tracer.memory import MemoryReader, read_u64
 from tracer.pools import PoolReader
 from tracer.sites import locate
 from tracer.sites.model import Located
-from tracer.target import Target
+from tracer.view import ProcessView
 
 #: worker_thread (util/thread-pool.c) is no longer than this in any build seen; bytes.
 WORKER_SIZE = 2048
@@ -27,6 +28,8 @@ class Build:
     located: Located
     version: str | None
     entry: int
+    machine: str = "x86_64"
+    bounds: Mapping[str, Bounds] = field(default_factory=dict)  # of the functions located, by name
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,14 @@ class Loaded:
     reader: PoolReader
     main_context: int | None  # the main loop's AioContext
     worker_code: range  # where worker_thread stands
+    functions: Mapping[str, range] = field(default_factory=dict)  # QEMU's functions that were located
+
+    def function_at(self, address: int) -> tuple[str, int] | None:
+        """(function, offset) where the address is in a function that was located, symbol or none."""
+        for name, code in self.functions.items():
+            if address in code:
+                return name, address - code.start
+        return None
 
 
 def read_build(path: str, name: str, only: str | None = None) -> Build:
@@ -45,12 +56,18 @@ def read_build(path: str, name: str, only: str | None = None) -> Build:
     Raises SitesNotFound, NotQemu or ImageError.
     """
     with Image.open(path) as image:
-        version = image.qemu_version()
-        try:
-            located = locate(image, only)
-        except SitesNotFound as error:
-            raise _not_located(name, version, error) from error
-        return Build(located, version, image.entry)
+        return build_of(image, name, only)
+
+
+def build_of(image: Image, name: str, only: str | None = None) -> Build:
+    """As read_build, of a file that is open already."""
+    version = image.qemu_version()
+    try:
+        located = locate(image, only)
+    except SitesNotFound as error:
+        raise _not_located(name, version, error) from error
+    bounds = {function: image.bounds(address) for function, address in located.functions.items()}
+    return Build(located, version, image.entry, image.machine, {name: found for name, found in bounds.items() if found})
 
 
 def _not_located(name: str, version: str | None, error: SitesNotFound) -> TargetError | SitesNotFound:
@@ -59,9 +76,10 @@ def _not_located(name: str, version: str | None, error: SitesNotFound) -> Target
     return error
 
 
-def load(target: Target, memory: LiveMemory, build: Build) -> Loaded:
-    """The build as it stands in this process. Raises TargetExited."""
-    bias = target.entry_address() - build.entry
+def load(view: ProcessView, build: Build) -> Loaded:
+    """The build as it stands in this process. Raises TargetError."""
+    memory = view.memory
+    bias = view.entry_address() - build.entry
     functions = build.located.functions
     worker = functions["worker_thread"]
     end = min((f for f in functions.values() if f > worker), default=worker + WORKER_SIZE)
@@ -70,10 +88,11 @@ def load(target: Target, memory: LiveMemory, build: Build) -> Loaded:
         PoolReader(memory, build.located.layout, functions["thread_pool_completion_bh"] + bias),
         _main_context(memory, build.located.main_context, bias),
         range(worker + bias, min(end, worker + WORKER_SIZE) + bias),
+        {name: range(bounds.start + bias, bounds.end + bias) for name, bounds in build.bounds.items()},
     )
 
 
-def _main_context(memory: LiveMemory, pointer: int | None, bias: int) -> int | None:
+def _main_context(memory: MemoryReader, pointer: int | None, bias: int) -> int | None:
     if pointer is None:
         return None
     try:

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 
 from tracer.elf import Image
 from tracer.errors import AioTraceError, ImageError, NotPermitted, NotQemu
-from tracer.events import BugNote, Checked, HostNeed
+from tracer.events import Checked, HostNeed
 from tracer.host import host_needs
-from tracer.known_bugs import BARRIERS, known_bugs
+from tracer.known_bugs import bug_notes
 from tracer.memory import LiveMemory
 from tracer.sites import NoStrategyWorked, locate
 from tracer.sites.model import Attempt, Located
@@ -75,7 +75,7 @@ def _check(path: str, exe: str, name: str, pid: int | None, needs: tuple[HostNee
         version,
         build_id,
         machine,
-        _bugs(version, machine, barriers),
+        bug_notes(version, machine, barriers),
         barriers,
         tuple(located.sites.values()) if located else (),
         located.layout if located else None,
@@ -111,13 +111,6 @@ def _locate(image: Image, only: str | None) -> tuple[Located | None, tuple[Attem
         error.hint = error.hint or DEBUG_SYMBOLS
         return None, error.attempts, error
     return located, located.attempts, None
-
-
-def _bugs(version: str | None, machine: str, barriers: bool | None) -> tuple[BugNote, ...] | None:
-    bugs = known_bugs(version, machine)
-    if bugs is None:
-        return None
-    return tuple(BugNote(bug, barriers if bug.commit == BARRIERS else None) for bug in bugs)
 
 
 def notes_on(exe: str, pid: int | None, version: str | None, located: Located | None) -> tuple[str, ...]:

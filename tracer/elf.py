@@ -282,6 +282,17 @@ class Image:
                 return Bounds(symbol.address, symbol.address + symbol.size)
         return None
 
+    def frame_entry(self, address: int) -> tuple[int, int] | None:
+        """(start, entry): the last function that starts at or before `address`, and its entry in .eh_frame."""
+        if self._unwind_table is None:
+            return None
+        base, _, table = self._unwind_table
+        row = bisect_right(_Starts(table), address - base) - 1
+        if row < 0:
+            return None
+        start, frame = struct.unpack_from("<ii", table, row * 8)
+        return base + start, base + frame
+
     # QEMU's own mark.
 
     @cached_property
@@ -492,13 +503,10 @@ class Image:
         return None
 
     def _unwind_bounds(self, address: int) -> Bounds | None:
-        if self._unwind_table is None:
+        found = self.frame_entry(address)
+        if found is None:
             return None
-        base, _, table = self._unwind_table
-        row = bisect_right(_Starts(table), address - base) - 1
-        if row < 0:
-            return None
-        start, frame = (base + relative for relative in struct.unpack_from("<ii", table, row * 8))
+        start, frame = found
         size = self._frame_size(frame)
         return Bounds(start, start + size) if size and address < start + size else None
 

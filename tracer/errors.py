@@ -45,6 +45,10 @@ class TargetExited(TargetError):
     """The process ended, or its pid now belongs to another one."""
 
 
+class CoreError(TargetError):
+    """A file is no core of a process, or what it holds cannot be used."""
+
+
 class ImageError(AioTraceError):
     """An ELF file is damaged, truncated or of a kind that is not supported."""
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from tracer.known_bugs import KnownBug
+from tracer.known_bugs import BugNote
 from tracer.layout import Layout
 from tracer.sites.model import Attempt, Site
 
@@ -92,6 +92,8 @@ class Counts(Event):
     latency: Mapping[str, Latency]
     by_kind: Mapping[str, Mapping[str, Latency]]
     notes: tuple[str, ...] = ()
+    by_file: Mapping[str, Mapping[str, Latency]] = field(default_factory=dict)
+    late: int | None = None  # completed, but a deadline or more after being done: cured by chance
 
 
 @dataclass(frozen=True)
@@ -157,14 +159,6 @@ class HostNeed:
 
 
 @dataclass(frozen=True)
-class BugNote:
-    """A bug by version, and whether the code itself shows the fix (None: it does not tell)."""
-
-    bug: KnownBug
-    fixed: bool | None
-
-
-@dataclass(frozen=True)
 class Checked(Event):
     """What would be attached to a QEMU, and whether this host can; `known_bugs` None: no version."""
 
@@ -180,3 +174,103 @@ class Checked(Event):
     host: tuple[HostNeed, ...]
     ready: bool
     notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class InspectedRequest:
+    """One request as memory shows it; `cause` and `explanation` are None unless it is overdue.
+
+    `age_s` is how long it is known to be in its state, at least; None for a core file. Names beside
+    addresses are those of symbols at hand.
+    """
+
+    request: int
+    pool: int
+    context: int
+    kind: str | None
+    file: str | None
+    offset: int | None
+    bytes: int | None
+    node: str | None
+    state: str
+    ret: int | None
+    age_s: float | None
+    deadline_s: float | None
+    cause: str | None
+    explanation: str | None
+    evidence: Mapping[str, Any] | None
+    func: int
+    func_name: str | None
+    arg: int
+    callback: int
+    callback_name: str | None
+    opaque: int
+    next: int
+    prev: int
+    coroutine: int | None
+    coroutine_entry: int | None
+    coroutine_entry_name: str | None
+    coroutine_entry_arg: int | None
+    coroutine_caller: int | None
+    coroutine_stack: tuple[str, ...]
+
+    @property
+    def overdue(self) -> bool:
+        """Whether it is accused."""
+        return self.cause is not None
+
+
+@dataclass(frozen=True)
+class InspectedPool:
+    """One thread pool and all that is in it; `torn` says why its list is incomplete, or is None."""
+
+    pool: int
+    context: int
+    main_loop: bool
+    home_tid: int | None
+    home_name: str | None
+    bottom_half: int
+    scheduled: bool | None
+    current: int | None
+    idle: int | None
+    max: int | None
+    requests: tuple[InspectedRequest, ...]
+    torn: str | None
+
+
+@dataclass(frozen=True)
+class InspectedThread:
+    """One thread; `stack` innermost first, and what is missing of it, or None."""
+
+    tid: int
+    name: str
+    state: str | None
+    syscall: str | None
+    stack: tuple[str, ...]
+    stack_missing: str | None
+    home: bool
+
+
+@dataclass(frozen=True)
+class Diagnosis(Event):
+    """What `inspect` found: of a live process, or of a core file (`core` is its path)."""
+
+    core: str | None
+    exe: str | None
+    version: str | None
+    pools: tuple[InspectedPool, ...]
+    threads: tuple[InspectedThread, ...]
+    draining: str | None
+    verdict: str
+    explanation: str
+    known_bugs: tuple[BugNote, ...] | None
+    barrier_fixed: bool | None
+    bypassing: tuple[str, ...]
+    notes: tuple[str, ...]
+    watched_s: float
+    took_s: float
+
+    @property
+    def overdue(self) -> int:
+        """How many requests are accused."""
+        return sum(request.overdue for pool in self.pools for request in pool.requests)

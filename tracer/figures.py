@@ -5,21 +5,33 @@ Knows: how bpf/aio_trace.c buckets latencies. Does not know formats.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 from tracer.events import Latency, Requests
-from tracer.probes import COUNTERS, STAGES, Histogram, Statistics, bucket_upper_ns
+from tracer.probes import COUNTERS, STAGES, Histogram, Statistics, Subject, bucket_upper_ns
 
 
-def combined(by_kind: Mapping[str, Statistics]) -> Statistics:
-    """The counts of all kinds together."""
+def combined(some: Iterable[Statistics]) -> Statistics:
+    """Several counts together."""
     total = Statistics()
-    for statistics in by_kind.values():
+    for statistics in some:
         for name in COUNTERS:
             setattr(total, name, getattr(total, name) + getattr(statistics, name))
         for mine, theirs in zip(total.stages, statistics.stages, strict=True):
             _merge(mine, theirs)
     return total
+
+
+def grouped(
+    by_subject: Mapping[Subject, Statistics], group_of: Callable[[Subject], str | None]
+) -> dict[str, Statistics]:
+    """The counts by another name for each subject; what has none, or counted nothing, is left out."""
+    groups: dict[str, list[Statistics]] = {}
+    for subject, statistics in by_subject.items():
+        name = group_of(subject)
+        if name is not None and (statistics.done or statistics.completed):
+            groups.setdefault(name, []).append(statistics)
+    return {name: combined(some) for name, some in groups.items()}
 
 
 def _merge(mine: Histogram, theirs: Histogram) -> None:

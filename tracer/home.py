@@ -12,11 +12,13 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from tracer.errors import FaultError
-from tracer.memory import MemoryReader
-from tracer.target import Target, Thread
+from tracer.target import FILE_SYSCALLS, Region, Thread
+from tracer.view import ProcessView
 
 #: System calls in which an event loop waits: glib's and QEMU's poll, epoll, io_uring.
 POLLS = frozenset({"poll", "ppoll", "epoll_wait", "epoll_pwait", "epoll_pwait2", "io_uring_enter"})
+#: System calls in which a worker does its work.
+WORK_SYSCALLS = FILE_SYSCALLS | {"copy_file_range"}
 #: How much of an AioContext is searched for its notifier, and of a stack for its context; bytes.
 CONTEXT_SIZE = 1024
 STACK_SIZE = 1 << 20
@@ -35,9 +37,7 @@ class Bell:
     polled: bool | None  # whether the thread's poll listens to it
 
 
-def find_home(
-    target: Target, memory: MemoryReader, context: int, main_context: int | None, worker_code: range
-) -> int | None:
+def find_home(view: ProcessView, context: int, main_context: int | None, worker_code: range) -> int | None:
     """The tid of the thread that runs `context`, or None when that does not show.
 
     The main context is run by the main thread. An iothread has its context's address in its stack or
@@ -45,13 +45,14 @@ def find_home(
     hold it too and are left out; two candidates are none.
     """
     if context == main_context:
-        return target.pid
+        return view.pid
+    regions = view.regions()
     candidates = [
         thread
-        for thread in target.threads()
+        for thread in view.threads()
         if not NOT_HOME.match(thread.name)
-        and (main_context is None or thread.tid != target.pid)
-        and _holds(_stack(target, memory, thread), context, worker_code)
+        and (main_context is None or thread.tid != view.pid)
+        and _holds(_stack(view, regions, thread), context, worker_code)
     ]
     named = [thread for thread in candidates if thread.name.startswith("IO ")]
     for some in (named, candidates):
@@ -60,22 +61,32 @@ def find_home(
     return None
 
 
-def _stack(target: Target, memory: MemoryReader, thread: Thread) -> bytes:
+def is_worker(view: ProcessView, regions: list[Region], thread: Thread, worker_code: range) -> bool:
+    """Whether a sleeping thread is inside worker_thread, by a return address on its stack."""
+    words = _words(_stack(view, regions, thread))
+    return any(word in worker_code for word in words)
+
+
+def _stack(view: ProcessView, regions: list[Region], thread: Thread) -> bytes:
     """A sleeping thread's stack from its stack pointer on, with the thread-local storage above it."""
     if thread.syscall is None:
         return b""
     sp = thread.syscall.sp & ~7
-    top = next((region.end for region in target.regions() if region.start <= sp < region.end), sp)
+    top = next((region.end for region in regions if region.start <= sp < region.end), sp)
     try:
         if top - sp <= STACK_SIZE:
-            return memory.read(sp, top - sp)
-        return memory.read(sp, STACK_SIZE) + memory.read(top - TLS_SIZE, TLS_SIZE)
+            return view.memory.read(sp, top - sp)
+        return view.memory.read(sp, STACK_SIZE) + view.memory.read(top - TLS_SIZE, TLS_SIZE)
     except FaultError:
         return b""
 
 
+def _words(stack: bytes) -> tuple[int, ...]:
+    return struct.unpack(f"<{len(stack) // 8}Q", stack[: len(stack) // 8 * 8])
+
+
 def _holds(stack: bytes, context: int, worker_code: range) -> bool:
-    words = [word for (word,) in struct.iter_unpack("<Q", stack[: len(stack) // 8 * 8])]
+    words = _words(stack)
     return context in words and not any(word in worker_code for word in words)
 
 
@@ -84,48 +95,40 @@ def parked(thread: Thread) -> bool:
     return thread.syscall is not None and thread.syscall.name in POLLS
 
 
-def find_bell(target: Target, memory: MemoryReader, context: int, thread: Thread | None) -> Bell:
+def find_bell(view: ProcessView, context: int, thread: Thread | None) -> Bell:
     """The context's notifier: the one eventfd whose number stands twice in a row in the AioContext.
 
     EventNotifier (include/qemu/event_notifier.h) has rfd and wfd, the same eventfd on Linux.
     """
     try:
-        words = struct.unpack(f"<{CONTEXT_SIZE // 4}i", memory.read(context, CONTEXT_SIZE))
+        words = struct.unpack(f"<{CONTEXT_SIZE // 4}i", view.memory.read(context, CONTEXT_SIZE))
     except FaultError:
         return Bell(None, None, None)
     pairs = {a for a, b in pairwise(words) if a == b and a > 2}
-    bells = {fd: count for fd in pairs if (count := target.eventfd_count(fd)) is not None}
+    bells = {fd: count for fd in pairs if (count := view.eventfd_count(fd)) is not None}
     if len(bells) != 1:
         return Bell(None, None, None)
     fd, count = bells.popitem()
-    return Bell(fd, count, None if thread is None else _listens(target, memory, thread, fd))
+    return Bell(fd, count, None if thread is None else _listens(view, thread, fd))
 
 
-def _listens(target: Target, memory: MemoryReader, thread: Thread, fd: int) -> bool | None:
+def _listens(view: ProcessView, thread: Thread, fd: int) -> bool | None:
     """Whether the poll that the thread sleeps in includes `fd`; None where that cannot be read."""
     call = thread.syscall
     if call is None or call.name not in POLLS:
         return None
     if call.name in ("poll", "ppoll"):
-        return fd in _poll_set(memory, call.args[0], call.args[1])
+        return fd in _poll_set(view, call.args[0], call.args[1])
     if call.name.startswith("epoll"):
-        return _epoll_has(target, call.args[0], fd)
+        return view.epoll_holds(call.args[0], fd)
     return None
 
 
-def _poll_set(memory: MemoryReader, address: int, count: int) -> set[int]:
+def _poll_set(view: ProcessView, address: int, count: int) -> set[int]:
     if not 0 < count <= MAX_POLL_SET:
         return set()
     try:
-        data = memory.read(address, count * 8)
+        data = view.memory.read(address, count * 8)
     except FaultError:
         return set()
     return {fd for fd, _events, _revents in struct.iter_unpack("<ihh", data)}
-
-
-def _epoll_has(target: Target, epoll_fd: int, fd: int) -> bool | None:
-    try:
-        with open(f"/proc/{target.pid}/fdinfo/{epoll_fd}", encoding="ascii") as file:
-            return re.search(rf"^tfd:\s*{fd}\b", file.read(), re.M) is not None
-    except OSError:
-        return None

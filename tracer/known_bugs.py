@@ -115,3 +115,19 @@ def known_bugs(version: str | None, machine: str) -> tuple[KnownBug, ...] | None
     if parsed is None:
         return None
     return tuple(bug for bug in KNOWN_BUGS if bug.may_have(parsed, machine))
+
+
+@dataclass(frozen=True)
+class BugNote:
+    """A bug by version, and whether the code itself shows the fix (None: it does not tell)."""
+
+    bug: KnownBug
+    fixed: bool | None
+
+
+def bug_notes(version: str | None, machine: str, barrier_fixed: bool | None) -> tuple[BugNote, ...] | None:
+    """The bugs that a QEMU of this version may have, and what its code says of them; None without a version."""
+    bugs = known_bugs(version, machine)
+    if bugs is None:
+        return None
+    return tuple(BugNote(bug, barrier_fixed if bug.commit == BARRIERS else None) for bug in bugs)

@@ -1,23 +1,25 @@
-"""Facts about one late request, gathered from a live process without stopping it.
+"""Facts about one late request, gathered without stopping the process.
 
 Knows: how to read the request, its bottom half and its home thread several times in a row. Does not
-know what they mean (tracer/verdict) nor when to look (tracer/watch).
+know what they mean (tracer/verdict) nor when to look (tracer/watch, tracer/inspect).
 """
 
 from __future__ import annotations
 
 import time
+from collections import Counter
 from dataclasses import dataclass, replace
 
 from tracer import home, posix_aio
 from tracer.build import Loaded
 from tracer.errors import FaultError, LayoutError
 from tracer.layout import RequestState
-from tracer.memory import LiveMemory, read_string
+from tracer.memory import read_string
 from tracer.pools import Pool, Request, ThreadCounts
 from tracer.posix_aio import Operation
-from tracer.target import FILE_SYSCALLS, Target, Thread
-from tracer.verdict import Facts, Look
+from tracer.target import FILE_SYSCALLS, Thread
+from tracer.verdict import MAX_FRAMES, Facts, HomeStack, Look
+from tracer.view import Frame, ProcessView, Stack
 
 LOOKS = 3
 #: As many where nobody was told and the home thread has not been seen in its poll: it may be coming round.
@@ -40,19 +42,20 @@ class Finding:
 class Looker:
     """Looks at requests of one process; remembers which thread runs which context."""
 
-    def __init__(self, target: Target, memory: LiveMemory, loaded: Loaded) -> None:
-        self._target = target
-        self._memory = memory
+    def __init__(self, view: ProcessView, loaded: Loaded) -> None:
+        self._view = view
         self._loaded = loaded
         self._reader = loaded.reader
+        self._order = posix_aio.order_of(loaded.build.version)
         self._homes: dict[int, int] = {}
+        self._stacks: dict[int, tuple[Thread, Stack]] = {}
 
     def home(self, context: int) -> Thread | None:
         """The thread that runs `context`, now; None when it could not be found out."""
         tid = self._homes.get(context) or home.find_home(
-            self._target, self._memory, context, self._loaded.main_context, self._loaded.worker_code
+            self._view, context, self._loaded.main_context, self._loaded.worker_code
         )
-        thread = self._target.thread(tid) if tid else None
+        thread = self._view.thread(tid) if tid else None
         if thread is None:
             self._homes.pop(context, None)
         else:
@@ -65,6 +68,15 @@ class Looker:
             return self._reader.pool(request.pool)
         except (FaultError, LayoutError):
             return None
+
+    def operation(self, request: Request) -> Operation:
+        """What the request does, as far as that proves itself."""
+        return posix_aio.read_operation(self._view, request.arg, request.func, self._order)
+
+    def function(self, address: int) -> str | None:
+        """The name of the function that starts at `address`, or None."""
+        found = self._loaded.function_at(address) or self._view.function_at(address)
+        return found[0] if found and found[1] == 0 else None
 
     def look(self, address: int, age_s: float) -> Finding | None:
         """All about the request at `address`; None when it is not on its pool's list: it is gone."""
@@ -80,54 +92,77 @@ class Looker:
         pool = self.pool_of(request)
         if pool is None or self._reader.holds(pool, address) is False:
             return None
-        operation = posix_aio.read_operation(self._memory, self._target, request.arg)
-        facts = Facts(
+        operation = self.operation(request)
+        facts = self.first_facts(request, operation, age_s)
+        facts = replace(facts, missing=self._missing(pool, address))
+        if request.state == RequestState.THREAD_DONE:
+            looks = self._looks(pool, request)
+            if looks is None:
+                return None
+            facts = self.done_facts(pool, looks, facts)
+        else:
+            waiting = self.waiting_facts(pool, request, operation, facts)
+            if waiting is None:
+                return None
+            facts = waiting
+        return Finding(request, pool, operation, facts)
+
+    def first_facts(self, request: Request, operation: Operation, age_s: float) -> Facts:
+        """What the request itself tells."""
+        return Facts(
             request.state,
             operation.kind,
             operation.file,
             request.ret,
             age_s,
-            missing=self._missing(pool, address),
+            function=self.function(request.func),
+            barrier_fixed=self._loaded.build.located.barrier_fixed,
+            from_core=self._view.core is not None,
         )
-        if request.state == RequestState.THREAD_DONE:
-            looked = self._done_facts(pool, request, facts)
-        else:
-            looked = self._waiting_facts(pool, request, operation, facts)
-        return None if looked is None else Finding(request, pool, operation, looked)
 
     def _missing(self, pool: Pool, address: int) -> tuple[str, ...]:
         torn = self._reader.holds(pool, address) is None
         return ("the pool's list could not be read to the end",) if torn else ()
 
-    def _process_stopped(self) -> bool:
-        threads = self._target.threads()
-        return self._target.frozen or (bool(threads) and all(thread.stopped for thread in threads))
+    def process_stopped(self) -> bool:
+        """Whether a signal, a debugger or the freezer holds the whole process."""
+        threads = self._view.threads()
+        return self._view.frozen or (bool(threads) and all(thread.stopped for thread in threads))
 
-    def _done_facts(self, pool: Pool, request: Request, facts: Facts) -> Facts | None:
+    def _looks(self, pool: Pool, request: Request) -> tuple[Look, ...] | None:
         """Several looks at bottom half and home thread; None when the request went on meanwhile."""
         looks: list[Look] = []
-        thread = None
         while len(looks) < LOOKS or (len(looks) < LOOKS_FOR_POLL and _worth_looking_on(looks)):
             if looks:
                 time.sleep(LOOK_PAUSE_S)
-            thread = self.home(pool.context)
-            looks.append(self._one_look(pool, thread))
-            if not self._same(request):
+            looks.append(self.one_look(pool, self.home(pool.context)))
+            if not self.same(request):
                 return None
+        return tuple(looks)
+
+    def done_facts(self, pool: Pool, looks: tuple[Look, ...], facts: Facts) -> Facts:
+        """What tells why a finished request's callback does not come."""
+        thread = self.home(pool.context)
         missing = facts.missing if thread else (*facts.missing, "the thread that runs its context was not found")
-        bell = home.find_bell(self._target, self._memory, pool.context, thread)
+        bell = home.find_bell(self._view, pool.context, thread)
         return replace(
             facts,
-            looks=tuple(looks),
+            looks=looks,
             home_tid=thread.tid if thread else None,
             home_name=thread.name if thread else None,
-            process_stopped=self._process_stopped(),
+            process_stopped=self.process_stopped(),
             bell_count=bell.count,
             bell_polled=bell.polled,
+            stack=self.home_stack(thread) if thread else HomeStack(),
+            home_asleep_s=self._asleep(thread),
             missing=missing,
         )
 
-    def _same(self, request: Request) -> bool:
+    def _asleep(self, thread: Thread | None) -> float | None:
+        return self._view.asleep_s(thread.tid) if thread and thread.syscall else None
+
+    def same(self, request: Request) -> bool:
+        """Whether the element still is the same request in the same state."""
         try:
             now = self._reader.request(request.address)
         except (FaultError, LayoutError):
@@ -140,7 +175,8 @@ class Looker:
             request.opaque,
         )
 
-    def _one_look(self, pool: Pool, thread: Thread | None) -> Look:
+    def one_look(self, pool: Pool, thread: Thread | None) -> Look:
+        """The bottom half and the home thread, as read just now."""
         try:
             scheduled = self._reader.bottom_half(pool).scheduled
         except FaultError:
@@ -150,50 +186,96 @@ class Looker:
         where = self.describe_syscall(thread)
         return Look(scheduled, thread.state, home.parked(thread), where, thread.switches)
 
+    def stack(self, thread: Thread) -> Stack:
+        """A thread's stack; unwound again only when the thread has moved."""
+        known = self._stacks.get(thread.tid)
+        if known and thread.syscall is not None and thread.switches is not None and known[0] == thread:
+            return known[1]
+        stack = self._view.stack(thread.tid)
+        named = Stack(tuple(self._named(frame) for frame in stack.frames), stack.complete, stack.why_not)
+        self._stacks[thread.tid] = (thread, named)
+        return named
+
+    def _named(self, frame: Frame) -> Frame:
+        """A frame in a function without a symbol, named where the search for sites found the function."""
+        if frame.function is not None:
+            return frame
+        found = self._loaded.function_at(frame.address)
+        return replace(frame, function=found[0], offset=found[1]) if found else frame
+
+    def home_stack(self, thread: Thread) -> HomeStack:
+        """A thread's stack for a verdict."""
+        stack = self.stack(thread)
+        frames = tuple(str(frame) for frame in stack.frames[:MAX_FRAMES])
+        return HomeStack(frames, stack.functions(), stack.complete, stack.why_not)
+
     def describe_syscall(self, thread: Thread) -> str | None:
         """A thread's system call with the file that it is on, for people; None while it runs."""
         call = thread.syscall
         if call is None:
             return None
         if call.name in FILE_SYSCALLS:
-            file = self._target.file_of(call.args[0] & 0xFFFFFFFF)
+            file = self._view.file_of(call.args[0] & 0xFFFFFFFF)
             return f"{call.name} on {file}" if file else call.name
         if call.name in ("open", "openat"):
-            path = read_string(self._memory, call.args[0 if call.name == "open" else 1])
+            path = read_string(self._view.memory, call.args[0 if call.name == "open" else 1])
             return f"{call.name} of {path}" if path else call.name
         return call.name
 
     def _counts(self, pool: Pool) -> ThreadCounts:
         """The thread counters. Up to 7.0 each worker is idle for a moment after each request: that does not count."""
         seen = [self._reader.threads(pool)]
-        while seen[-1].idle and len(seen) < LOOKS_FOR_IDLE:
+        while seen[-1].idle and len(seen) < LOOKS_FOR_IDLE and self._view.core is None:
             time.sleep(LOOK_PAUSE_S)
             seen.append(self._reader.threads(pool))
         return seen[-1]
 
-    def _waiting_facts(self, pool: Pool, request: Request, operation: Operation, facts: Facts) -> Facts | None:
+    def waiting_facts(self, pool: Pool, request: Request, operation: Operation, facts: Facts) -> Facts | None:
+        """What tells why a request is not finished; None when it went on meanwhile."""
         try:
             counts = self._counts(pool)
         except FaultError:
             counts = None
-        if not self._same(request):
+        if not self.same(request):
             return None
-        worker = self._worker_on(operation) if request.state == RequestState.THREAD_ACTIVE else None
+        threads = self._view.threads()
+        active = request.state == RequestState.THREAD_ACTIVE
+        worker = self.worker_on(threads, operation) if active else None
         return replace(
             facts,
-            process_stopped=self._process_stopped(),
+            process_stopped=self.process_stopped(),
             threads_current=counts.current if counts else None,
             threads_idle=counts.idle if counts else None,
             threads_max=counts.max if counts else None,
+            threads_new=counts.new if counts else None,
+            threads_pending=counts.pending if counts else None,
             worker_syscall=self.describe_syscall(worker) if worker else None,
             worker_tid=worker.tid if worker else None,
+            worker_state=worker.state if worker else None,
+            worker_kernel=self._view.kernel_stack(worker.tid) if worker else (),
+            worker_asleep_s=self._asleep(worker),
+            busy_with=None if active else self._busy_with(threads),
         )
 
-    def _worker_on(self, operation: Operation) -> Thread | None:
+    def _busy_with(self, threads: list[Thread]) -> str | None:
+        """What most threads in a system call on a file are at: the workers of a full pool."""
+        places = Counter(
+            where
+            for thread in threads
+            if thread.syscall is not None
+            and thread.syscall.name in FILE_SYSCALLS
+            and (where := self.describe_syscall(thread)) is not None
+        )
+        if not places:
+            return None
+        (where, count), *others = places.most_common()
+        return f"{count} in {where}" + (f" and {sum(n for _, n in others)} elsewhere" if others else "")
+
+    def worker_on(self, threads: list[Thread], operation: Operation) -> Thread | None:
         """The worker that is in a system call on the request's file, at its offset where several are."""
         workers = [
             thread
-            for thread in self._target.threads()
+            for thread in threads
             if thread.syscall is not None
             and thread.syscall.name in FILE_SYSCALLS
             and thread.syscall.args[0] & 0xFFFFFFFF == operation.fd

@@ -38,6 +38,8 @@ class ThreadCounts:
     current: int | None
     idle: int | None
     max: int | None
+    new: int | None = None  # to be started
+    pending: int | None = None  # being started
 
 
 @dataclass(frozen=True)
@@ -136,6 +138,8 @@ class PoolReader:
             self._counter(pool, self._layout.pool.cur_threads),
             self._counter(pool, self._layout.pool.idle_threads),
             self._counter(pool, self._layout.pool.max_threads),
+            self._counter(pool, self._layout.pool.new_threads),
+            self._counter(pool, self._layout.pool.pending_threads),
         )
 
     def _counter(self, pool: Pool, offset: int | None) -> int | None:

@@ -23,6 +23,7 @@ from typing import Any
 
 from tracer.errors import BccMissing, NotPermitted, NoUprobes, ProbeError
 from tracer.layout import ElementLayout
+from tracer.posix_aio import SINCE_4_0, Order
 from tracer.sites.model import CALLBACK, DONE, SUBMIT, Site
 
 # The same as in bpf/aio_trace.h; tests/kernel compares the two.
@@ -35,8 +36,9 @@ FLAG_BEFORE = 2
 MAX_REQUESTS = 10240
 BPF_NOEXIST, BPF_EXIST = 1, 2
 
-#: Offset of aio_type in RawPosixAIOData (block/file-posix.c) since QEMU 4.0.
-ARG_AIO_TYPE = 8
+#: Kinds times files whose counts are told apart; further files are counted by kind only.
+MAX_STATISTICS = 1024
+NO_FD = -1
 
 PROGRAMS = {SUBMIT: "on_submit", DONE: "on_done", CALLBACK: "on_callback"}
 UPROBE_PMU = "/sys/bus/event_source/devices/uprobe/type"
@@ -51,7 +53,15 @@ class RequestRecord(ct.Structure):
         ("done_ns", ct.c_uint64),
         ("kind", ct.c_uint32),
         ("flags", ct.c_uint32),
+        ("fd", ct.c_int32),
+        ("reserved", ct.c_uint32),
     )
+
+
+class StatisticsKey(ct.Structure):
+    """`struct statistics_key` of bpf/aio_trace.h."""
+
+    _fields_ = (("kind", ct.c_uint32), ("fd", ct.c_int32))
 
 
 class StageStatistics(ct.Structure):
@@ -65,11 +75,11 @@ class StageStatistics(ct.Structure):
     )
 
 
-COUNTERS = ("submitted", "done", "completed", "cancelled", "no_callback", "before", "map_full", "missed")
+COUNTERS = ("submitted", "done", "completed", "cancelled", "no_callback", "before", "map_full", "late", "missed")
 
 
 class KindStatistics(ct.Structure):
-    """`struct statistics` of bpf/aio_trace.h: one kind on one CPU."""
+    """`struct statistics` of bpf/aio_trace.h: one kind on one file on one CPU."""
 
     _fields_ = (
         *((name, ct.c_uint64) for name in COUNTERS),
@@ -117,7 +127,7 @@ class Histogram:
 
 @dataclass
 class Statistics:
-    """What the probes counted since they were attached: of one kind, or of all."""
+    """What the probes counted since they were attached: of one kind on one file, or of several."""
 
     submitted: int = 0
     done: int = 0
@@ -126,6 +136,7 @@ class Statistics:
     no_callback: int = 0
     before: int = 0
     map_full: int = 0
+    late: int = 0
     missed: int = 0
     stages: list[Histogram] = field(default_factory=lambda: [Histogram() for _ in STAGES])
 
@@ -137,6 +148,10 @@ class Statistics:
             mine.add(theirs)
 
 
+#: A kind and the file descriptor that it is on, None where that is not known.
+Subject = tuple[str, int | None]
+
+
 def bucket_upper_ns(index: int) -> int:
     """The largest value in ns that falls into bucket `index`; bucket_of() of bpf/aio_trace.c reversed."""
     octave, part = index >> SUB_BUCKET_BITS, index & ((1 << SUB_BUCKET_BITS) - 1)
@@ -144,6 +159,18 @@ def bucket_upper_ns(index: int) -> int:
         return index
     width = 1 << (octave - SUB_BUCKET_BITS)
     return (1 << octave) + (part + 1) * width - 1
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """What the programs are compiled for besides sites and layout; `deadline_s` in seconds."""
+
+    max_requests: int = MAX_REQUESTS
+    deadline_s: float = 1.0
+    order: Order = SINCE_4_0
+
+
+DEFAULT_PARAMETERS = Parameters()
 
 
 def check_host() -> None:
@@ -218,15 +245,18 @@ def source_folder() -> Path:
     return Path(str(resources.files("bpf")))
 
 
-def compile_flags(sites: Sequence[Site], element: ElementLayout, max_requests: int, cmpxchg: bool) -> list[str]:
+def compile_flags(sites: Sequence[Site], element: ElementLayout, what: Parameters, cmpxchg: bool) -> list[str]:
     """The -D parameters of bpf/aio_trace.c for these sites and offsets."""
     by_name = {site.name: site for site in sites}
     flags = {
         "REQUEST_CALLBACK": element.callback,
         "REQUEST_ARG": element.arg,
         "REQUEST_RET": element.ret,
-        "ARG_AIO_TYPE": ARG_AIO_TYPE,
-        "MAX_REQUESTS": max_requests,
+        "ARG_AIO_TYPE": what.order.kind,
+        "ARG_AIO_FILDES": what.order.fd,
+        "MAX_REQUESTS": what.max_requests,
+        "MAX_STATISTICS": MAX_STATISTICS,
+        "DEADLINE_NS": f"{int(what.deadline_s * 1e9)}ULL",
         "WITH_SUBMIT": int(SUBMIT in by_name),
         "HAVE_CMPXCHG": int(cmpxchg),
     }
@@ -245,14 +275,14 @@ class Probes:
     """The probes on one process; close() or the end of this process detaches them."""
 
     def __init__(
-        self, pid: int, sites: Sequence[Site], element: ElementLayout, max_requests: int = MAX_REQUESTS
+        self, pid: int, sites: Sequence[Site], element: ElementLayout, what: Parameters = DEFAULT_PARAMETERS
     ) -> None:
         """Compile and load; attach() follows. Raises BccMissing, NotPermitted or ProbeError."""
         self._pid = pid
         self._sites = sites
-        self._max_requests = max_requests
-        self._keys = (ct.c_uint64 * max_requests)()
-        self._leaves = (RequestRecord * max_requests)()
+        self._max_requests = what.max_requests
+        self._keys = (ct.c_uint64 * what.max_requests)()
+        self._leaves = (RequestRecord * what.max_requests)()
         bcc = import_bcc()
         os.environ["BCC_KERNEL_SOURCE"] = str(source_folder())
         # What kernel developers build for is not what this machine is, but BCC would believe it.
@@ -260,7 +290,7 @@ class Probes:
         self.log = ""
         for cmpxchg in (True, False):
             with _quiet() as output:
-                error = self._load(bcc, compile_flags(sites, element, max_requests, cmpxchg))
+                error = self._load(bcc, compile_flags(sites, element, what, cmpxchg))
             self.log += output.text
             if error is None:
                 break
@@ -270,6 +300,7 @@ class Probes:
         self._statistics = self._bpf[b"statistics"]
         self._cpus = _possible_cpus()
         self._lib = bcc.libbcc.lib
+        self._prepare()
 
     def _load(self, bcc: Any, flags: list[str]) -> Exception | None:
         source = str(source_folder() / "aio_trace.c")
@@ -280,6 +311,13 @@ class Probes:
         except Exception as error:  # bcc raises bare Exception
             return error
         return None
+
+    def _prepare(self) -> None:
+        """Counts by kind alone, for what is not on a file or on one file too many."""
+        empty = (KindStatistics * self._cpus)()
+        for kind in range(len(KINDS)):
+            key = StatisticsKey(kind, NO_FD)
+            self._lib.bpf_update_elem(self._statistics.map_fd, ct.byref(key), ct.byref(empty), BPF_NOEXIST)
 
     def attach(self) -> None:
         """Attach all sites: callback first, submit last, so that no stage is seen without the next one."""
@@ -354,7 +392,7 @@ class Probes:
         if known and not (known.before and done and not known.done_ns):
             return
         submit_ns = known.submit_ns if known else seen_ns
-        leaf = RequestRecord(submit_ns, seen_ns if done else 0, KINDS.index(kind), FLAG_BEFORE)
+        leaf = RequestRecord(submit_ns, seen_ns if done else 0, KINDS.index(kind), FLAG_BEFORE, NO_FD)
         key = ct.c_uint64(request)
         flags = BPF_EXIST if known else BPF_NOEXIST
         self._lib.bpf_update_elem(self._requests.map_fd, ct.byref(key), ct.byref(leaf), flags)
@@ -365,13 +403,15 @@ class Probes:
             key = ct.c_uint64(record.request)
             self._lib.bpf_delete_elem(self._requests.map_fd, ct.byref(key))
 
-    def statistics(self) -> dict[str, Statistics]:
-        """Counts since the start, by kind."""
-        return {kind: self._of_kind(index) for index, kind in enumerate(KINDS)}
+    def statistics(self) -> dict[Subject, Statistics]:
+        """Counts since the start, by (kind, file descriptor or None)."""
+        keys = list(islice(self._statistics.keys(), 2 * MAX_STATISTICS))
+        subjects = sorted({(key.kind, key.fd) for key in keys if key.kind < len(KINDS)})
+        return {(KINDS[kind], None if fd == NO_FD else fd): self._counts_of(kind, fd) for kind, fd in subjects}
 
-    def _of_kind(self, index: int) -> Statistics:
+    def _counts_of(self, kind: int, fd: int) -> Statistics:
         values = (KindStatistics * self._cpus)()
-        key = ct.c_int(index)
+        key = StatisticsKey(kind, fd)
         total = Statistics()
         if self._lib.bpf_lookup_elem(self._statistics.map_fd, ct.byref(key), ct.byref(values)) == 0:
             for value in values:

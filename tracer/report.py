@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from typing import Any, Protocol, TextIO
@@ -26,6 +26,7 @@ from tracer.events import (
     Resolved,
     TargetEnded,
 )
+from tracer.known_bugs import BugNote
 from tracer.layout import Layout
 from tracer.verdict import LOST_WAKEUP
 
@@ -143,6 +144,10 @@ def _latency_json(latency: Latency) -> dict[str, Any]:
     }
 
 
+def _stages_json(stages: Mapping[str, Latency]) -> dict[str, Any]:
+    return {stage: _latency_json(latency) for stage, latency in stages.items()}
+
+
 def _counts_body(event: Counts) -> dict[str, Any]:
     requests = event.requests
     return {
@@ -156,11 +161,10 @@ def _counts_body(event: Counts) -> dict[str, Any]:
         },
         "alerts": event.alerts,
         "lost_records": event.lost_records,
-        "latency_us": {stage: _latency_json(latency) for stage, latency in event.latency.items()},
-        "by_kind": {
-            kind: {stage: _latency_json(latency) for stage, latency in stages.items()}
-            for kind, stages in event.by_kind.items()
-        },
+        "late": event.late,
+        "latency_us": _stages_json(event.latency),
+        "by_kind": {kind: _stages_json(stages) for kind, stages in event.by_kind.items()},
+        "by_file": {file: _stages_json(stages) for file, stages in event.by_file.items()},
         "notes": list(event.notes),
     }
 
@@ -187,25 +191,29 @@ def _alert_body(event: Alert) -> dict[str, Any]:
     }
 
 
+def bugs_json(bugs: Sequence[BugNote] | None) -> list[dict[str, Any]] | None:
+    """Known bugs as the contract writes them; None where the version is not known."""
+    if bugs is None:
+        return None
+    return [
+        {
+            "commit": note.bug.commit,
+            "class": note.bug.kind,
+            "versions": note.bug.versions,
+            "title": note.bug.title,
+            "fixed": note.fixed,
+        }
+        for note in bugs
+    ]
+
+
 def _checked_body(event: Checked) -> dict[str, Any]:
-    bugs = event.known_bugs
     return {
         "exe": event.exe,
         "version": event.version,
         "build_id": event.build_id,
         "machine": event.machine,
-        "known_bugs": None
-        if bugs is None
-        else [
-            {
-                "commit": note.bug.commit,
-                "class": note.bug.kind,
-                "versions": note.bug.versions,
-                "title": note.bug.title,
-                "fixed": note.fixed,
-            }
-            for note in bugs
-        ],
+        "known_bugs": bugs_json(event.known_bugs),
         "barrier_fixed": event.barrier_fixed,
         "sites": [
             {
@@ -318,9 +326,10 @@ class TableWriter:
                 ("completed", requests.completed),
                 ("cancelled", requests.cancelled),
                 ("in flight", requests.in_flight),
+                ("late", event.late),
                 ("alerts", event.alerts),
             )
-            if value is not None and (value or name != "cancelled")
+            if value is not None and (value or name not in ("cancelled", "late"))
         ]
         title = f"summary of {event.period_s:.1f} s" if event.final else f"last {event.period_s:.1f} s"
         lines = [textwrap.fill(f"{self._when(event)}{title}: " + ", ".join(parts), WIDTH, subsequent_indent="  ")]
@@ -334,11 +343,12 @@ class TableWriter:
 
     def _latencies(self, event: Counts) -> str:
         rows = [_row(STAGE_TITLES[stage], latency) for stage, latency in event.latency.items()]
-        kinds = event.by_kind if event.final or self._verbose else {}
-        for kind, stages in kinds.items():
-            latency = stages.get("total") or stages.get("done_to_callback")
-            if latency:
-                rows.append(_row(f"  {kind}", latency))
+        for group in (event.by_kind, event.by_file):
+            # One of one says nothing that the total does not.
+            for name, stages in group.items() if len(group) > 1 or event.final or self._verbose else ():
+                latency = stages.get("total") or stages.get("done_to_callback")
+                if latency:
+                    rows.append(_row(f"  {shortened(name)}", latency))
         rows = [row for row in rows if row[1]]
         if not rows:
             return ""
@@ -382,6 +392,11 @@ class TableWriter:
         return f"{self._when(event)}resolved: request {event.request:#x} went on after {event.after_s:.2f} s"
 
 
+def shortened(path: str, width: int = 30) -> str:
+    """The end of a long path, which is the part that differs."""
+    return path if len(path) <= width else "…" + path[1 - width :]
+
+
 def _home_of(pool: PoolInfo) -> str:
     if pool.home_tid is None:
         return "a thread that could not be found out"
@@ -412,7 +427,7 @@ def checked_text(event: Checked) -> str:
     if event.layout is not None:
         parts.append(_layout_text(event.layout))
     parts.append(f"barriers  {BARRIER_TEXTS[event.barrier_fixed]}")
-    parts.append(_bugs_text(event))
+    parts.append(_bugs_text(event.known_bugs))
     needs = [[f"  {n.need}", "ok" if n.ok else ("NO" if n.required else "no"), n.detail] for n in event.host]
     parts.append("this host\n" + _rows(needs, ["  need", "", ""]))
     parts += [f"note:\n{wrapped(note)}" for note in event.notes]
@@ -449,13 +464,13 @@ def _layout_text(layout: Layout) -> str:
     return f"{proof}\n" + _rows(rows, ["  structure", "offsets"])
 
 
-def _bugs_text(event: Checked) -> str:
-    if event.known_bugs is None:
+def _bugs_text(bugs: Sequence[BugNote] | None) -> str:
+    if bugs is None:
         return "known bugs  cannot be told without a version"
-    if not event.known_bugs:
+    if not bugs:
         return "known bugs  none of those that aio-trace knows, by this version"
     rows = []
-    for note in event.known_bugs:
+    for note in bugs:
         fixed = {True: " (its fix is in the code)", False: " (its fix is NOT in the code)", None: ""}[note.fixed]
         rows.append([f"  {note.bug.commit}", note.bug.kind, note.bug.versions, note.bug.title + fixed])
     title = "fixes that this version may lack (distributions take fixes into older versions)"

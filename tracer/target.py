@@ -11,7 +11,7 @@ import os
 import platform
 import re
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -47,6 +47,12 @@ _SYSCALLS_GENERIC = {
 
 SYSCALLS = _SYSCALLS_X86_64 if platform.machine() == "x86_64" else _SYSCALLS_GENERIC
 
+RESTART_SYSCALL = 219
+_FUTEX_WAIT_BITSET = (0x89, 0x189)
+_MATCH_ANY = 0xFFFFFFFF
+_MAX_POLL_SET = 65536
+PAGE_ZERO = 4096  # no address is below it
+
 #: System calls whose first argument is a file descriptor worth naming.
 FILE_SYSCALLS = frozenset(
     {
@@ -55,6 +61,18 @@ FILE_SYSCALLS = frozenset(
         *("connect", "accept", "accept4", "sendto", "recvfrom", "sendmsg", "recvmsg", "recvmmsg"),
     }
 )
+
+
+def syscall_name(number: int, args: Sequence[int]) -> str:
+    """The name of a system call; of one that goes on after a stop, the one that it was."""
+    if number != RESTART_SYSCALL:
+        return SYSCALLS.get(number, f"system call {number}")
+    # Only these have a restart block, and the registers still hold their arguments.
+    if args[1] in _FUTEX_WAIT_BITSET and args[5] & _MATCH_ANY == _MATCH_ANY:
+        return "futex"
+    if args[0] < PAGE_ZERO:
+        return "clock_nanosleep"
+    return "poll" if args[1] < _MAX_POLL_SET else "nanosleep"
 
 
 @dataclass(frozen=True)
@@ -70,18 +88,21 @@ class SystemCall:
 
 @dataclass(frozen=True)
 class Thread:
-    """One thread at one moment; `state` is the letter of proc(5), `syscall` None while it runs."""
+    """One thread at one moment; `state` is the letter of proc(5), `syscall` None while it runs.
+
+    A core file knows no switches, and not every state.
+    """
 
     tid: int
     name: str
-    state: str
+    state: str | None
     syscall: SystemCall | None
-    switches: int  # voluntary context switches so far
+    switches: int | None  # voluntary context switches so far
 
     @property
     def stopped(self) -> bool:
         """Stopped by a signal or a debugger."""
-        return self.state in "Tt"
+        return self.state in ("T", "t")
 
 
 @dataclass(frozen=True)
@@ -93,6 +114,7 @@ class Region:
     permissions: str
     inode: int
     path: str
+    offset: int = 0  # of `start` in the file, bytes
 
     @property
     def size(self) -> int:
@@ -201,8 +223,7 @@ class Target:
             return None
         number = int(words[0])
         values = [int(word, 16) for word in words[1:]]
-        name = SYSCALLS.get(number, f"system call {number}")
-        return SystemCall(number, name, tuple(values[:6]), values[6], values[7])
+        return SystemCall(number, syscall_name(number, values[:6]), tuple(values[:6]), values[6], values[7])
 
     def regions(self) -> list[Region]:
         """The mappings of /proc/PID/maps, in order of address."""
@@ -251,7 +272,7 @@ def _parse_maps(text: str) -> Iterator[Region]:
         fields = line.split(None, 5)
         start, _, end = fields[0].partition("-")
         path = fields[5] if len(fields) > 5 else ""
-        yield Region(int(start, 16), int(end, 16), fields[1], int(fields[4]), path)
+        yield Region(int(start, 16), int(end, 16), fields[1], int(fields[4]), path, int(fields[2], 16))
 
 
 def open_target(pid: int) -> Target:

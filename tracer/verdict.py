@@ -7,6 +7,8 @@ is None, and a rule that needs it says so instead of accusing.
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +19,7 @@ LOST_KICK = "lost-kick"
 UNPOLLED_KICK = "unpolled-kick"
 LOOP_BLOCKED = "loop-blocked"
 LOOP_BUSY = "loop-busy"
+NESTED_WAIT = "nested-wait"
 WORKER_STUCK = "worker-stuck"
 QUEUE_FULL = "queue-full"
 QUEUE_STALLED = "queue-stalled"
@@ -24,7 +27,31 @@ STOPPED = "stopped"
 UNKNOWN = "unknown"
 
 #: Bugs of QEMU itself, as opposed to a slow or stopped world around it.
-QEMU_BUGS = frozenset({LOST_WAKEUP, LOST_KICK, UNPOLLED_KICK, QUEUE_STALLED})
+QEMU_BUGS = frozenset({LOST_WAKEUP, LOST_KICK, UNPOLLED_KICK, NESTED_WAIT, QUEUE_STALLED})
+
+#: Where there are several causes, the first of these is the verdict on the whole process.
+SEVERITY = (
+    *(STOPPED, LOST_WAKEUP, NESTED_WAIT, LOST_KICK, UNPOLLED_KICK, LOOP_BLOCKED, LOOP_BUSY),
+    *(QUEUE_STALLED, QUEUE_FULL, WORKER_STUCK, UNKNOWN),
+)
+
+COMPLETION_BH = "thread_pool_completion_bh"
+#: Waits for all requests, or for those of one node or drive, to end (block/io.c, block/block-backend.c).
+DRAINS = re.compile(r"(bdrv|blk)_(co_|subtree_|do_)?drain|bdrv_graph_wrlock")
+#: Frames that an alert shows of a stack.
+MAX_FRAMES = 20
+
+
+def draining(functions: Sequence[str]) -> str | None:
+    """The outermost function that drains, of a stack's functions, innermost first."""
+    return next((name for name in reversed(functions) if DRAINS.match(name)), None)
+
+
+def nested_wait(functions: Sequence[str]) -> bool:
+    """Whether a callback of the completion bottom half waits in aio_poll, by a stack's functions."""
+    if COMPLETION_BH not in functions:
+        return False
+    return "aio_poll" in functions[: functions.index(COMPLETION_BH)]
 
 
 @dataclass(frozen=True)
@@ -39,8 +66,21 @@ class Look:
 
 
 @dataclass(frozen=True)
+class HomeStack:
+    """The home thread's stack: frames as text, its functions, innermost first; and what is missing, if so."""
+
+    frames: tuple[str, ...] = ()
+    functions: tuple[str, ...] = ()
+    complete: bool = False
+    why_not: str | None = None
+
+
+@dataclass(frozen=True)
 class Facts:
-    """Everything a verdict may rest on; ages in seconds."""
+    """Everything a verdict may rest on; ages in seconds.
+
+    `at_least`: the request was in this state already when we came, for how long is not known.
+    """
 
     state: RequestState
     kind: str | None = None
@@ -58,6 +98,18 @@ class Facts:
     threads_max: int | None = None
     worker_syscall: str | None = None  # where the worker of an ACTIVE request sits
     worker_tid: int | None = None
+    worker_state: str | None = None
+    worker_kernel: tuple[str, ...] = ()  # kernel functions, innermost first
+    worker_asleep_s: float | None = None
+    home_asleep_s: float | None = None
+    threads_new: int | None = None
+    threads_pending: int | None = None
+    busy_with: str | None = None  # what the workers of a full pool do, in words
+    function: str | None = None  # the name of the request's func
+    stack: HomeStack = HomeStack()
+    barrier_fixed: bool | None = None  # whether this build has the barriers of e8d3b1a25f
+    at_least: bool = False
+    from_core: bool = False
     missing: tuple[str, ...] = ()  # evidence that could not be had, in words
 
 
@@ -84,12 +136,39 @@ def judge(facts: Facts) -> Verdict:
 
 
 def _request(facts: Facts) -> str:
-    what = facts.kind or "request"
+    what = facts.kind if facts.kind and facts.kind != "other" else f"request ({facts.function or 'of an unknown kind'})"
     return f"{what} on {facts.file}" if facts.file else what
 
 
 def _home(facts: Facts) -> str:
-    return f"thread {facts.home_tid} ({facts.home_name})" if facts.home_tid else "its home thread"
+    if not facts.home_tid:
+        return "its home thread"
+    return f"thread {facts.home_tid} ({facts.home_name})" if facts.home_name else f"thread {facts.home_tid}"
+
+
+def _age(facts: Facts) -> str:
+    return f"{'at least ' if facts.at_least else ''}{facts.age_s:.1f} s"
+
+
+def _finished(facts: Facts) -> str:
+    """The beginning of a sentence about a request that is THREAD_DONE."""
+    what = _request(facts)
+    if facts.from_core:
+        return f"The worker had finished this {what}"
+    return f"The worker finished this {what} {_age(facts)} ago"
+
+
+def known_fix(barrier_fixed: bool | None) -> str:
+    """One sentence on the bug that loses wake-ups, and whether this build has its fix.
+
+    QEMU commits e8d3b1a25f (in v2.3) and ef6dada8b4 (in v2.11).
+    """
+    fixes = "the fixes e8d3b1a25f (QEMU 2.3) and ef6dada8b4 (2.11)"
+    if barrier_fixed is None:
+        return f"Known causes have {fixes}; whether this build has the first could not be read from its code."
+    if barrier_fixed:
+        return f"Known causes have {fixes}; by its code this build has the first, so look for the second or a new one."
+    return f"Known causes have {fixes}; by its code this build LACKS the first: update QEMU."
 
 
 def _judge_done(facts: Facts) -> Verdict:
@@ -103,26 +182,34 @@ def _judge_done(facts: Facts) -> Verdict:
         )
     if looks[-1].home_state in ("T", "t"):
         return Verdict(STOPPED, f"The home thread, {_home(facts)}, is stopped by a signal or a debugger.")
+    if nested_wait(facts.stack.functions):
+        return Verdict(
+            NESTED_WAIT,
+            f"{_finished(facts)}, but {_home(facts)} is in the callback of another request (thread_pool_completion_bh "
+            f"is on its stack), which waits in aio_poll: a callback waits for a request that only it could let go "
+            f"on. This is a bug of QEMU; the storage is fine.",
+        )
     if parked and not any(look.scheduled for look in looks):
+        sleeps = "sleeps" if _slept(looks) else "comes round and sleeps again"
         return Verdict(
             LOST_WAKEUP,
-            f"The worker finished this {_request(facts)} {facts.age_s:.1f} s ago, but nobody was told: its bottom "
-            f"half is not scheduled, and {_home(facts)} sleeps in {parked[-1].syscall}. This is a lost wake-up, a "
-            f"bug of QEMU; the storage is fine.",
+            f"{_finished(facts)}, but nobody was told: its bottom half is not scheduled, and {_home(facts)} {sleeps} "
+            f"in {parked[-1].syscall}. This is a lost wake-up, a bug of QEMU; the storage is fine. "
+            f"{known_fix(facts.barrier_fixed)}",
         )
     if all(look.scheduled for look in looks) and _slept(looks):
         return _judge_kick(facts)
     if parked:
         return Verdict(
             UNKNOWN,
-            f"The worker has finished this {_request(facts)}, and {_home(facts)} comes round to {parked[-1].syscall}, "
-            f"but bottom half and thread changed while they were looked at.",
+            f"{_finished(facts)}, but why its callback does not come is not known: {_home(facts)} comes round to "
+            f"{parked[-1].syscall}, but bottom half and thread changed while they were looked at.",
         )
     return _judge_loop(facts)
 
 
 def _slept(looks: tuple[Look, ...]) -> bool:
-    """Whether the home thread slept in its poll all the while, without coming round."""
+    """Whether the home thread slept in its poll all the while, without coming round (of a core: at its moment)."""
     return all(look.parked for look in looks) and len({look.switches for look in looks}) == 1
 
 
@@ -160,28 +247,49 @@ def _judge_loop(facts: Facts) -> Verdict:
     if len(places) == 1 and last.syscall is not None and len(switches) == 1 and last.home_state != "R":
         return Verdict(
             LOOP_BLOCKED,
-            f"The worker finished this {_request(facts)}, but {_home(facts)} is stuck in {last.syscall} and cannot "
-            f"call its callback.",
+            f"{_finished(facts)}, but {_home(facts)} is stuck in {last.syscall}{_under(facts)} and cannot call its "
+            f"callback.",
         )
     where = ", ".join(sorted(place for place in places if place)) or "user space"
     return Verdict(
         LOOP_BUSY,
-        f"The worker finished this {_request(facts)}, but {_home(facts)} is busy (seen in {where}) and does not come "
-        f"round to call its callback.",
+        f"{_finished(facts)}, but {_home(facts)} is busy (seen in {where}) and does not come round to call its "
+        f"callback.",
     )
+
+
+def _under(facts: Facts) -> str:
+    """The innermost of QEMU's own functions on the home thread's stack, in words; they are named by their prefix."""
+    functions = [name for name in facts.stack.functions if not _LIBRARY.match(name)]
+    if COMPLETION_BH in functions:
+        return f" inside the completion bottom half (under {functions[0]})"
+    return f" (under {functions[0]})" if functions else ""
+
+
+#: Functions of libc and glib, and QEMU's wrappers of them, which say nothing about what the thread is at.
+_LIBRARY = re.compile(r"_|g_|pthread|qemu_(mutex|cond|sem|futex|open|poll)|(pp?oll|epoll_\w+|open\w*|read|write)$")
 
 
 def _judge_active(facts: Facts) -> Verdict:
     if facts.worker_syscall is None:
         return Verdict(
             WORKER_STUCK,
-            f"A worker has had this {_request(facts)} for {facts.age_s:.1f} s; none was seen in a system call on its "
-            f"file, so whether the storage holds it is not known. QEMU waits.",
+            f"A worker has had this {_request(facts)} for {_age(facts)}; none was seen in a system call on its file, "
+            f"so whether the storage holds it is not known. QEMU waits.",
+        )
+    where = facts.worker_syscall
+    who = f"worker {facts.worker_tid}" if facts.worker_tid else "a worker"
+    kernel = f", in the kernel's {facts.worker_kernel[0]}" if facts.worker_kernel else ""
+    held = "held" if facts.from_core else f"has held for {_age(facts)}"
+    then = " when the core was taken; for how long a core does not tell" if facts.from_core else ""
+    if facts.kind == "other":
+        return Verdict(
+            WORKER_STUCK, f"This {_request(facts)} keeps {who} busy ({_age(facts)}): it is in {where}{then}."
         )
     return Verdict(
         WORKER_STUCK,
-        f"The storage has held this {_request(facts)} for {facts.age_s:.1f} s: worker {facts.worker_tid} is in "
-        f"{facts.worker_syscall}. QEMU waits.",
+        f"The storage {held} this {_request(facts)}{then}: {who} is in {where}{kernel}. QEMU waits; it "
+        f"is not its fault.",
     )
 
 
@@ -190,16 +298,23 @@ def _judge_queued(facts: Facts) -> Verdict:
     if facts.missing or current is None or idle is None or (idle == 0 and most is None):
         why = "; ".join(facts.missing) or "the thread counters are not all known"
         return Verdict(UNKNOWN, f"This {_request(facts)} waits for a worker, why is not known: {why}.")
+    waited = "waited" if facts.from_core else f"has waited {_age(facts)}"
     if idle == 0 and most is not None and current >= most:
+        what = facts.busy_with or "look at what they wait for"
+        return Verdict(QUEUE_FULL, f"This {_request(facts)} {waited} for a worker: all {current} are busy ({what}).")
+    start = ""
+    if facts.threads_new:
+        start = f"; {facts.threads_new} more were to be started ({facts.threads_pending or 0} on their way)"
+    if idle:
         return Verdict(
-            QUEUE_FULL,
-            f"This {_request(facts)} has waited {facts.age_s:.1f} s for a worker: all {current} are busy. Look at "
-            f"what they wait for.",
+            QUEUE_STALLED,
+            f"This {_request(facts)} {waited} although {idle} of {current} workers are idle{start}: nobody takes it. "
+            f"This is a bug of QEMU; the storage is fine.",
         )
-    why = f"{idle} of {current} workers are idle" if idle else f"only {current} of {most} workers were started"
     return Verdict(
         QUEUE_STALLED,
-        f"This {_request(facts)} has waited {facts.age_s:.1f} s for a worker although {why}: nobody takes it.",
+        f"This {_request(facts)} {waited} for a worker: all {current} are busy, and QEMU started no other one though "
+        f"there may be {most}{start}. This is a bug of QEMU; the storage is fine.",
     )
 
 
@@ -215,11 +330,33 @@ def as_evidence(facts: Facts) -> dict[str, Any]:
             "syscall": last.syscall,
             "in_poll": last.parked,
         },
+        "home_stack": list(facts.stack.frames) or None,
+        "home_stack_missing": facts.stack.why_not,
+        "draining": draining(facts.stack.functions),
+        "barrier_fixed": facts.barrier_fixed,
+        "home_asleep_s": facts.home_asleep_s,
         "looks": len(facts.looks),
         "came_round": len({look.switches for look in facts.looks}) > 1 if facts.looks else None,
         "eventfd_count": facts.bell_count,
         "eventfd_polled": facts.bell_polled,
-        "threads": {"current": facts.threads_current, "idle": facts.threads_idle, "max": facts.threads_max},
-        "worker": {"tid": facts.worker_tid, "syscall": facts.worker_syscall} if facts.worker_tid else None,
+        "threads": {
+            "current": facts.threads_current,
+            "idle": facts.threads_idle,
+            "max": facts.threads_max,
+            "new": facts.threads_new,
+            "pending": facts.threads_pending,
+        },
+        "worker": _worker(facts) if facts.worker_tid else None,
+        "function": facts.function,
         "missing": list(facts.missing),
+    }
+
+
+def _worker(facts: Facts) -> dict[str, Any]:
+    return {
+        "tid": facts.worker_tid,
+        "state": facts.worker_state,
+        "syscall": facts.worker_syscall,
+        "kernel_stack": list(facts.worker_kernel) or None,
+        "asleep_s": facts.worker_asleep_s,
     }

@@ -12,12 +12,13 @@ from dataclasses import dataclass, field
 
 from tracer import figures, posix_aio, probes
 from tracer.build import Build, load
-from tracer.events import Alert, Attached, Counts, Event, PoolInfo, ProbeInfo, Requests, Resolved, TargetEnded
+from tracer.events import Alert, Attached, Counts, Event, Latency, PoolInfo, ProbeInfo, Requests, Resolved, TargetEnded
+from tracer.inspect import stuck
 from tracer.layout import RequestState
+from tracer.live import LiveView
 from tracer.looking import Finding, Looker
-from tracer.memory import LiveMemory
 from tracer.pools import Pool
-from tracer.probes import Record, Statistics
+from tracer.probes import Record, Statistics, Subject
 from tracer.sampling import MemorySampler
 from tracer.sites.model import CALLBACK, DONE, SITE_NAMES
 from tracer.target import Target
@@ -29,10 +30,12 @@ MODES = {FULL: SITE_NAMES, ALERT_ONLY: (DONE, CALLBACK), NONE: ()}
 
 #: While a request is late, how often to see whether it went on; seconds.
 RESOLVE_S = 0.05
+#: Without probes, how often new pools are searched for, and while there is none; seconds.
+SEARCH_S, SEARCH_FIRST_S = 10.0, 1.0
+#: Without probes, how long a proof of what is stuck counts; seconds.
+PROVED_S = 0.5
 #: A scan a little after the deadline sees the request as overdue; seconds.
 MARGIN_S = 0.002
-#: Without probes, how often to look for pools that were not there before; seconds.
-SEARCH_S = 5.0
 
 
 @dataclass(frozen=True)
@@ -63,10 +66,12 @@ class Watch:
         self._build = build
         self._settings = settings
         self._emit = emit
-        self._memory = LiveMemory(target)
-        loaded = load(target, self._memory, build)
-        self._reader = loaded.reader
-        self._looker = Looker(target, self._memory, loaded)
+        self._view = LiveView(target)
+        self._loaded = load(self._view, build)
+        self._reader = self._loaded.reader
+        self._looker = Looker(self._view, self._loaded)
+        self._stuck: set[int] = set()
+        self._proved_at = self._next_search = 0.0
         self._probes: probes.Probes | None = None
         self._sampler: MemorySampler | None = None
         self._alerted: dict[int, _Alerted] = {}
@@ -74,7 +79,9 @@ class Watch:
         self._began = time.monotonic()
         self._last_scan = self._began
         self._period_start = self._began
-        self._snapshot: dict[str, Statistics] = {}
+        self._snapshot: dict[Subject, Statistics] = {}
+        self._files: dict[int, str] = {}
+        self._late = self._late_before = 0
         self._period_alerts = 0
         self._stale = 0
         self.alerts = 0
@@ -89,10 +96,12 @@ class Watch:
         sites = [self._build.located.sites[name] for name in names]
         if sites:
             element = self._build.located.layout.element
-            self._probes = probes.Probes(self.target.pid, sites, element, self._settings.max_requests)
+            order = posix_aio.order_of(self._build.version)
+            what = probes.Parameters(self._settings.max_requests, self._settings.deadline_s, order)
+            self._probes = probes.Probes(self.target.pid, sites, element, what)
             self.target.check_alive()
             self._probes.attach()
-        pools = self._find_pools()
+        pools = self._reader.find(self._view.heap_chunks())
         in_flight = self._adopt(pools)
         now = time.monotonic()
         self._next_search = now + SEARCH_S
@@ -138,7 +147,7 @@ class Watch:
                 adopted.add(request.address)
                 done = request.state == RequestState.THREAD_DONE
                 if self._with_submit or done:
-                    kind = posix_aio.read_operation(self._memory, self.target, request.arg).kind or "other"
+                    kind = self._looker.operation(request).kind or "other"
                     self._probes.adopt(request.address, kind, time.monotonic_ns(), done)
         self._forget_gone(pools, adopted)
         return in_flight
@@ -173,16 +182,10 @@ class Watch:
         if self._probes is not None:
             return self._probes.records()
         if self._sampler is not None:
-            now = time.monotonic()
-            if now >= self._next_search:
-                self._sampler.pools = self._find_pools()
-                self._next_search = now + SEARCH_S
+            self._find_pools(time.monotonic())
             self._sampler.sample(time.monotonic_ns())
             return self._sampler.records()
         return {}
-
-    def _find_pools(self) -> list[Pool]:
-        return self._reader.find(self._memory.chunks(self._memory.heap_regions()))
 
     def _limit_of(self, record: Record) -> float | None:
         """When this record is overdue, on the monotonic clock; None for never."""
@@ -219,12 +222,16 @@ class Watch:
                 continue
             del self._alerted[address]
             since = alerted.record.done_ns or alerted.record.submit_ns
+            # What the probes followed from its submit on, they count.
+            self._late += bool(alerted.record.done_ns) and (self._probes is None or alerted.record.before)
             self._emit(Resolved(time.time(), self.target.pid, address, alerted.pool, now - since / 1e9, alerted.cause))
 
     def _consider(self, record: Record, now: float) -> None:
         """An overdue record: believe memory, not the record, then judge and tell."""
         known = self._alerted.get(record.request)
         if known and now - known.judged < max(self._settings.deadline_s, 1.0):
+            return
+        if self._probes is None and not self._proved(record):
             return
         since = record.done_ns or record.submit_ns
         finding = self._looker.look(record.request, now - since / 1e9)
@@ -241,6 +248,25 @@ class Watch:
         if self._probes is None:
             return True
         return self._probes.record(record.request) == record
+
+    def _proved(self, record: Record) -> bool:
+        """Without probes: whether it is one request that does not go on, not several that look the same."""
+        if self._sampler is None:
+            return False
+        if time.monotonic() - self._proved_at > PROVED_S:
+            self._stuck = stuck(self._view, self._loaded, self._sampler.pools)
+            self._proved_at = time.monotonic()
+        if record.request not in self._stuck:
+            self._sampler.restart(record.request, time.monotonic_ns())
+        return record.request in self._stuck
+
+    def _find_pools(self, now: float) -> None:
+        """Without probes: pools are made with the first request that needs them, and go with their iothread."""
+        if self._sampler is not None and now >= self._next_search:
+            self._sampler.pools = self._reader.find(self._view.heap_chunks())
+            took = time.monotonic() - now
+            # At most a twentieth of the time; sooner while there is none.
+            self._next_search = time.monotonic() + max(20 * took, SEARCH_S if self._sampler.pools else SEARCH_FIRST_S)
 
     def _drop(self, record: Record) -> None:
         """The request is gone from memory but not from the map: a hit was not seen, or came too late."""
@@ -290,12 +316,13 @@ class Watch:
     def counts(self, final: bool) -> None:
         """Tell the figures since the last time, or of the whole trace."""
         now = time.monotonic()
-        by_kind = self._probes.statistics() if self._probes else {}
+        by_subject = self._probes.statistics() if self._probes else {}
         then = {} if final else self._snapshot
         period = {
-            kind: figures.difference(statistics, then.get(kind, Statistics())) for kind, statistics in by_kind.items()
+            subject: figures.difference(statistics, then.get(subject, Statistics()))
+            for subject, statistics in by_subject.items()
         }
-        total = figures.combined(period)
+        total = figures.combined(period.values())
         start = self._began if final else self._period_start
         self._emit(
             Counts(
@@ -303,21 +330,36 @@ class Watch:
                 self.target.pid,
                 final,
                 now - start,
-                self._requests(total, by_kind),
+                self._requests(total),
                 self.alerts if final else self._period_alerts,
                 total.map_full + total.missed + (self._stale if final else 0),
                 figures.latencies(total, self._with_submit) if self._probes else {},
-                {
-                    kind: figures.latencies(statistics, self._with_submit)
-                    for kind, statistics in period.items()
-                    if statistics.done or statistics.completed
-                },
+                self._grouped(period, lambda subject: subject[0]),
                 self._count_notes(total),
+                self._grouped(period, self._file_of),
+                total.late + self._late - (0 if final else self._late_before),
             )
         )
-        self._snapshot, self._period_start, self._period_alerts = by_kind, now, 0
+        self._snapshot, self._period_start, self._period_alerts = by_subject, now, 0
+        self._late_before = self._late
 
-    def _requests(self, total: Statistics, by_kind: dict[str, Statistics]) -> Requests:
+    def _grouped(
+        self, period: dict[Subject, Statistics], group_of: Callable[[Subject], str | None]
+    ) -> dict[str, dict[str, Latency]]:
+        groups = figures.grouped(period, group_of)
+        return {name: figures.latencies(statistics, self._with_submit) for name, statistics in groups.items()}
+
+    def _file_of(self, subject: Subject) -> str | None:
+        """The file of a descriptor: what it is now, or was when it was last seen open."""
+        fd = subject[1]
+        if fd is None:
+            return None
+        name = self._view.file_of(fd)
+        if name is not None:
+            self._files[fd] = name
+        return self._files.get(fd)
+
+    def _requests(self, total: Statistics) -> Requests:
         if self._probes is None:
             in_flight = len(self._sampler.records()) if self._sampler else None
             return Requests(None, None, None, None, in_flight)
@@ -345,7 +387,7 @@ class Watch:
         if self._probes is not None:
             self._probes.close()
             self._probes = None
-        self._memory.close()
+        self._view.close()
 
 
 def _never_overdue(finding: Finding) -> bool:

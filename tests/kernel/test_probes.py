@@ -16,7 +16,7 @@ from tracer import probes
 from tracer.errors import AioTraceError, ProbeError
 from tracer.figures import combined
 from tracer.layout import ElementLayout
-from tracer.probes import FLAG_BEFORE, FLAG_NO_CALLBACK, KINDS, Probes, Statistics, bucket_upper_ns
+from tracer.probes import FLAG_BEFORE, FLAG_NO_CALLBACK, KINDS, Parameters, Probes, Statistics, bucket_upper_ns
 from tracer.sites.model import SITE_NAMES, Site
 
 ALERT_ONLY = ("done", "callback")
@@ -25,7 +25,7 @@ ALERT_ONLY = ("done", "callback")
 @contextmanager
 def attached(pool: Miniature, names: tuple[str, ...] = SITE_NAMES, max_requests: int = 10240) -> Iterator[Probes]:
     """Probes on the pool's sites of those names."""
-    loaded = Probes(pool.pid, [pool.sites[name] for name in names], ELEMENT, max_requests)
+    loaded = Probes(pool.pid, [pool.sites[name] for name in names], ELEMENT, Parameters(max_requests))
     try:
         loaded.attach()
         yield loaded
@@ -38,8 +38,8 @@ def either_program(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPat
     """The programs for kernels from 5.12 on, and those for older ones."""
     flags = probes.compile_flags
 
-    def chosen(sites: Sequence[Site], element: ElementLayout, max_requests: int, _cmpxchg: bool) -> list[str]:
-        return flags(sites, element, max_requests, request.param)
+    def chosen(sites: Sequence[Site], element: ElementLayout, what: Parameters, _cmpxchg: bool) -> list[str]:
+        return flags(sites, element, what, request.param)
 
     monkeypatch.setattr(probes, "compile_flags", chosen)
 

@@ -1,70 +1,158 @@
-"""RawPosixAIOData, believed only where it proves itself."""
+"""tracer.posix_aio and tracer.coroutine on bytes laid out as QEMU's structures are."""
 
 from __future__ import annotations
 
-import os
 import struct
-from collections.abc import Iterator
-from pathlib import Path
+from typing import Any, cast
 
 import pytest
 
-from tests.unit.test_pools import BASE, Bytes
-from tracer.posix_aio import OPERATIONS, Operation, read_operation
-from tracer.probes import KINDS
-from tracer.target import open_target
+from tracer.coroutine import read_waiter
+from tracer.errors import FaultError
+from tracer.posix_aio import SINCE_4_0, UP_TO_3_1, Operation, Order, order_of, read_node, read_operation
+from tracer.target import Region
+from tracer.view import Frame, ProcessView, Stack
 
-ARG = BASE + 0x40
-BLKDEV = 0x2000
-
-
-@pytest.fixture
-def disk(tmp_path: Path) -> Iterator[int]:
-    """A file that is open in this process, which stands for the QEMU."""
-    fd = os.open(tmp_path / "disk.img", os.O_RDWR | os.O_CREAT)
-    yield fd
-    os.close(fd)
+ARG, BS, OTHER_BS = 0x10000, 0x20000, 0x40000
+ENTRY, CODE = 0x7000, Region(0x7000, 0x9000, "r-xp", 1, "/qemu")
 
 
-def read(aio_type: int, fd: int, offset: int = 65536, size: int = 4096, arg: int = ARG) -> Operation:
-    memory = Bytes(4096)
-    memory.data[0x40:0x60] = struct.pack("<QIiqQ", 0x5555, aio_type, fd, offset, size)[:32]
-    return read_operation(memory, open_target(os.getpid()), arg)
+class Memory:
+    """Pieces of memory; all else faults."""
+
+    def __init__(self, pieces: dict[int, bytes]) -> None:
+        self.pieces = {address: bytearray(data) for address, data in pieces.items()}
+
+    def read(self, address: int, size: int) -> bytes:
+        for start, data in self.pieces.items():
+            if start <= address and address + size <= start + len(data):
+                return bytes(data[address - start : address - start + size])
+        raise FaultError(address, size)
 
 
-def path_of(fd: int) -> str:
-    return os.readlink(f"/proc/self/fd/{fd}")
+class View:
+    """As much of a process as is asked for here."""
+
+    def __init__(self, pieces: dict[int, bytes], files: dict[int, str] | None, function: str | None = None) -> None:
+        self.memory = Memory(pieces)
+        self._files = files
+        self._function = function
+        self.stacks: dict[int, tuple[Frame, ...]] = {}
+
+    def file_of(self, fd: int) -> str | None:
+        return (self._files or {}).get(fd)
+
+    def knows_files(self) -> bool:
+        return self._files is not None
+
+    def function_at(self, address: int) -> tuple[str, int] | None:
+        return (self._function, 0) if self._function else None
+
+    def stack_at(self, pc: int, sp: int) -> Stack:
+        return Stack(self.stacks.get(pc, ()), False, "ends in __start_context")
 
 
-@pytest.mark.parametrize(("bit", "kind"), OPERATIONS.items())
-@pytest.mark.parametrize("flags", [0, BLKDEV])
-def test_operations(disk: int, bit: int, kind: str, flags: int) -> None:
-    found = read(bit | flags, disk)
-    extent = (None, None) if kind in ("flush", "ioctl") else (65536, 4096)
-    assert found == Operation(kind, disk, path_of(disk), *extent)
+def data_of(order: Order, bits: int, fd: int, offset: int, size: int) -> bytes:
+    data = bytearray(64)
+    struct.pack_into("<Q", data, 0, BS)
+    struct.pack_into("<I", data, order.kind, bits)
+    struct.pack_into("<i", data, order.fd, fd)
+    struct.pack_into("<q", data, order.offset, offset)
+    struct.pack_into("<Q", data, order.size, size)
+    return bytes(data)
 
 
-def test_kinds_are_those_of_the_probes() -> None:
-    """One list for what memory shows and what the probes count, in the order of the bits."""
-    assert tuple(OPERATIONS.values()) == KINDS[1:]
-    assert list(OPERATIONS) == [1 << index for index in range(len(OPERATIONS))]
+def operation(data: bytes, files: dict[int, str] | None, function: str | None = None, **more: Any) -> Operation:
+    view = View({ARG: data, BS: bytes(64)}, files, function)
+    return read_operation(cast(ProcessView, view), ARG, 0x1234, **more)
 
 
-@pytest.mark.parametrize("aio_type", [0, 0x3, 0x100, 0x8001, 0xFFFFFFFF])
-def test_types_that_are_none(disk: int, aio_type: int) -> None:
-    """qcow2's compression and its like have sizes and pointers there."""
-    assert read(aio_type, disk) == Operation()
+@pytest.mark.parametrize("order", [SINCE_4_0, UP_TO_3_1])
+@pytest.mark.parametrize("first", [SINCE_4_0, UP_TO_3_1])
+@pytest.mark.parametrize(
+    ("bits", "kind"), [(0x1, "read"), (0x1002, "write"), (0x2010, "discard"), (0x20, "write-zeroes")]
+)
+def test_both_orders(order: Order, first: Order, bits: int, kind: str) -> None:
+    found = operation(data_of(order, bits, 11, 4096, 512), {11: "/d0.img"}, first=first)
+    assert found == Operation(kind, 11, "/d0.img", 4096, 512)
 
 
-@pytest.mark.parametrize("fd", [-1, 99999, 2**31 - 1])
-def test_files_that_are_not_open(fd: int) -> None:
-    assert read(0x02, fd) == Operation()
+def test_a_flush_has_no_range() -> None:
+    assert operation(data_of(SINCE_4_0, 8, 11, 0, 0), {11: "/d0.img"}) == Operation("flush", 11, "/d0.img")
 
 
-def test_an_offset_that_is_none(disk: int) -> None:
-    assert read(0x02, disk, offset=-1) == Operation("write", disk, path_of(disk))
+@pytest.mark.parametrize(
+    "data",
+    [
+        data_of(SINCE_4_0, 0x3, 11, 0, 512),  # two operations
+        data_of(SINCE_4_0, 0x10001, 11, 0, 512),  # an unknown bit
+        data_of(SINCE_4_0, 0x1, 12, 0, 512),  # not open
+        data_of(SINCE_4_0, 0x1, -1, 0, 512),
+        data_of(SINCE_4_0, 0x1, 11, -4096, 512),
+        data_of(SINCE_4_0, 0x1, 11, 0, 1 << 63),
+        bytes(8) + data_of(SINCE_4_0, 0x1, 11, 0, 512)[8:],  # no bs
+        b"\x01" + data_of(SINCE_4_0, 0x1, 11, 0, 512)[1:],  # bs is no address of a structure
+    ],
+)
+def test_what_does_not_prove_itself_is_not_believed(data: bytes) -> None:
+    assert operation(data, {11: "/d0.img"}) == Operation()
 
 
-@pytest.mark.parametrize("arg", [0, 8, BASE + 4090, BASE - 16, 2**64 - 4])
-def test_arguments_that_cannot_be_read(disk: int, arg: int) -> None:
-    assert read(0x02, disk, arg=arg) == Operation()
+def test_the_function_names_what_no_file_operation_is() -> None:
+    data = data_of(SINCE_4_0, 0x1, 11, 0, 512)
+    assert operation(data, {11: "/d0.img"}, "qcow2_compress_pool_func") == Operation("other")
+    assert operation(bytes(64), {11: "/d0.img"}, "handle_aiocb_flush.lto_priv.0") == Operation("flush")
+    assert operation(data, {11: "/d0.img"}, "handle_aiocb_flush") == Operation("flush")  # the data is not its own
+    assert operation(data, {11: "/d0.img"}, "handle_aiocb_rw").kind == "read"
+
+
+def test_a_core_knows_no_files() -> None:
+    assert operation(data_of(SINCE_4_0, 0x2, 11, 0, 512), None) == Operation("write", 11, None, 0, 512)
+
+
+@pytest.mark.parametrize(
+    ("version", "order"), [("2.1.2", UP_TO_3_1), ("3.1.0", UP_TO_3_1), ("4.0", SINCE_4_0), (None, SINCE_4_0)]
+)
+def test_the_version_is_a_hint(version: str | None, order: Order) -> None:
+    assert order_of(version) == order
+
+
+def state_of(name: bytes, at: int, path: bytes = b"/d0.img") -> bytearray:
+    state = bytearray(8192)
+    state[64 : 64 + len(path)] = path
+    state[2048:2051] = b"raw"  # backing_format: a name, too, but in no list
+    state[at : at + len(name)] = name
+    struct.pack_into("<QQ", state, at + 32, 0, OTHER_BS + at + 32)
+    return state
+
+
+@pytest.mark.parametrize("at", [3000, 6552])
+def test_a_node_is_named_where_the_list_points_back(at: int) -> None:
+    other = bytearray(8192)
+    struct.pack_into("<Q", other, at + 32, BS)
+    pieces = {ARG: struct.pack("<Q", BS), BS: bytes(state_of(b"drive-0", at)), OTHER_BS: bytes(other)}
+    node = read_node(Memory(pieces), ARG)
+    assert node
+    assert (node.name, node.file) == ("drive-0", "/d0.img")
+    assert read_node(Memory(pieces | {OTHER_BS: bytes(8192)}), ARG) is None
+
+
+def test_a_coroutine_and_its_stack() -> None:
+    opaque, coroutine, back = 0x30000, 0x50000, 0x8100
+    local = struct.pack("<QQQQ", coroutine, 0, 0x8004, back) + bytes(1024)
+    view = View({opaque: local, coroutine: struct.pack("<QQQ", ENTRY, 5, 0)}, {})
+    frames = (Frame(back, "bdrv_co_flush", 3), Frame(ENTRY + 16), Frame(0x8800), Frame(0x999999))
+    view.stacks = {0x8004: (Frame(0x8004), Frame(0x1)), back: frames}
+    found = read_waiter(cast(ProcessView, view), [CODE], opaque)
+    assert found
+    assert (found.coroutine, found.entry, found.entry_arg, found.caller) == (coroutine, ENTRY, 5, 0)
+    assert [str(frame) for frame in found.stack.frames] == ["bdrv_co_flush+0x3", "entry+0x10", "coroutine_trampoline"]
+
+
+@pytest.mark.parametrize(
+    "coroutine",
+    [struct.pack("<QQQ", 0x1000, 5, 0), struct.pack("<QQQ", ENTRY, 5, 0xDEAD0), struct.pack("<QQQ", ENTRY, 5, 3)],
+)
+def test_what_is_no_coroutine(coroutine: bytes) -> None:
+    view = View({0x30000: struct.pack("<Q", 0x50000) + bytes(2048), 0x50000: coroutine}, {})
+    assert read_waiter(cast(ProcessView, view), [CODE], 0x30000) is None

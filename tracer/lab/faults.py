@@ -23,7 +23,7 @@ from tracer.lab.guest import Guest
 from tracer.lab.process import continue_process, peek, poke, stop_process
 from tracer.lab.qemu import MIB, Qemu
 from tracer.layout import Layout, RequestState
-from tracer.memory import LiveMemory
+from tracer.live import LiveView
 from tracer.target import Target, open_target
 
 MAX_REQUESTS = 4096
@@ -86,8 +86,8 @@ def locate_pools(qemu: Qemu) -> list[PoolHandle]:
     """Every thread pool of that QEMU, found in its memory."""
     target = open_target(qemu.pid)
     build = read_build(target.image_path, target.exe)
-    with contextlib.closing(LiveMemory(target)) as memory:
-        pools = load(target, memory, build).reader.find(memory.chunks(memory.heap_regions()))
+    with contextlib.closing(LiveView(target)) as view:
+        pools = load(view, build).reader.find(view.heap_chunks())
     layout = build.located.layout
     return [PoolHandle(p.address, p.bottom_half, p.address + layout.pool.head, layout) for p in pools]
 

@@ -1,0 +1,174 @@
+"""A live process as a ProcessView: /proc, its memory, and stacks without stopping it.
+
+Knows: that a thread that sleeps in a system call shows its stack pointer and program counter in
+/proc/PID/task/TID/syscall, from which its stack can be unwound while it sleeps on. Does not know
+QEMU's structures.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import time
+from collections.abc import Iterable
+from contextlib import suppress
+
+from tracer.elf import Image
+from tracer.memory import LiveMemory
+from tracer.target import Region, Target, Thread
+from tracer.unwind import Unwinder
+from tracer.view import Stack
+
+#: How often a thread that runs is looked at for its stack, and how long to wait in between (seconds).
+ATTEMPTS, PAUSE_S = 4, 0.0005
+
+
+class LiveView:
+    """A running process; see ProcessView."""
+
+    core = None
+
+    def __init__(self, target: Target) -> None:
+        self.target = target
+        self.memory = LiveMemory(target)
+        self._unwinder: Unwinder | None = None
+
+    @property
+    def pid(self) -> int:
+        """The process, and its main thread."""
+        return self.target.pid
+
+    @property
+    def exe(self) -> str:
+        """Where /proc/PID/exe points."""
+        return self.target.exe
+
+    def open_image(self) -> Image:
+        """The executable that runs, even when it was deleted or replaced."""
+        return Image.open(self.target.image_path)
+
+    def entry_address(self) -> int:
+        """Where the executable's entry point was loaded."""
+        return self.target.entry_address()
+
+    def regions(self) -> list[Region]:
+        """The mappings now."""
+        return self.target.regions()
+
+    def heap_chunks(self) -> Iterable[tuple[int, bytes]]:
+        """malloc's memory, without guest RAM."""
+        return self.memory.chunks(self.memory.heap_regions())
+
+    def thread(self, tid: int) -> Thread | None:
+        """One thread now."""
+        return self.target.thread(tid)
+
+    def threads(self) -> list[Thread]:
+        """All threads now, the main thread first."""
+        threads = self.target.threads()
+        return sorted(threads, key=lambda thread: thread.tid != self.pid)
+
+    def stack(self, tid: int) -> Stack:
+        """The stack of a thread that sleeps in a system call; where it woke meanwhile, the next one."""
+        for attempt in range(ATTEMPTS):
+            if attempt:
+                time.sleep(PAUSE_S)
+            before = self.target.thread(tid)
+            if before is None:
+                return Stack(why_not="the thread is gone")
+            if before.syscall is None:
+                continue
+            stack = self.stack_at(before.syscall.pc, before.syscall.sp)
+            after = self.target.thread(tid)
+            if after is not None and (after.syscall, after.switches) == (before.syscall, before.switches):
+                return stack
+        return Stack(why_not="the thread runs; its registers cannot be read without stopping it")
+
+    def stack_at(self, pc: int, sp: int) -> Stack:
+        """The stack from a program counter and a stack pointer on."""
+        if self._unwinder is None:
+            self._unwinder = Unwinder(self)
+        return self._unwinder.unwind(pc, sp)
+
+    def function_at(self, address: int) -> tuple[str, int] | None:
+        """(function, offset) by the symbols of the files that are mapped."""
+        if self._unwinder is None:
+            self._unwinder = Unwinder(self)
+        return self._unwinder.function_at(address)
+
+    @property
+    def frozen(self) -> bool:
+        """Stopped with its whole cgroup."""
+        return self.target.frozen
+
+    def knows_files(self) -> bool:
+        """Always: /proc tells."""
+        return True
+
+    def files(self) -> dict[int, str]:
+        """Every open file descriptor now."""
+        try:
+            numbers = sorted(int(name) for name in os.listdir(f"/proc/{self.pid}/fd"))
+        except OSError:
+            return {}
+        return {fd: file for fd in numbers if (file := self.target.file_of(fd)) is not None}
+
+    def file_of(self, fd: int) -> str | None:
+        """What a file descriptor refers to, or None."""
+        return self.target.file_of(fd)
+
+    def eventfd_count(self, fd: int) -> int | None:
+        """The counter of an eventfd, or None."""
+        return self.target.eventfd_count(fd)
+
+    def epoll_holds(self, epoll_fd: int, fd: int) -> bool | None:
+        """Whether that epoll set holds `fd`."""
+        try:
+            with open(f"/proc/{self.pid}/fdinfo/{epoll_fd}", encoding="ascii", errors="replace") as file:
+                return re.search(rf"^tfd:\s*{fd}\b", file.read(), re.M) is not None
+        except OSError:
+            return None
+
+    def kernel_stack(self, tid: int) -> tuple[str, ...]:
+        """/proc/PID/task/TID/stack where that may be read, else the one function that wchan names."""
+        folder = f"/proc/{self.pid}/task/{tid}"
+        for name, pattern in (("stack", r"^\[<[^>]*>\]\s+([^\s+/]+)"), ("wchan", r"^([A-Za-z_]\w+)")):
+            with suppress(OSError), open(f"{folder}/{name}", encoding="ascii", errors="replace") as file:
+                found = re.findall(pattern, file.read(), re.M)
+                if found:
+                    return tuple(found)
+        return ()
+
+    def missing(self) -> tuple[str, ...]:
+        """Nothing: all of the process is there."""
+        return ()
+
+    def arguments(self) -> tuple[str, ...]:
+        """The command line."""
+        try:
+            with open(f"/proc/{self.pid}/cmdline", "rb") as file:
+                return tuple(part.decode(errors="replace") for part in file.read().split(b"\0") if part)
+        except OSError:
+            return ()
+
+    def asleep_s(self, tid: int) -> float | None:
+        """How long the thread has not run, by the scheduler's clock; None where /proc does not tell."""
+        own, theirs = _last_ran_ms("/proc/self/sched"), _last_ran_ms(f"/proc/{self.pid}/task/{tid}/sched")
+        if own is None or theirs is None:
+            return None
+        return max(0.0, own - theirs) / 1e3
+
+    def close(self) -> None:
+        """Give the file descriptors back."""
+        if self._unwinder is not None:
+            self._unwinder.close()
+        self.memory.close()
+
+
+def _last_ran_ms(path: str) -> float | None:
+    try:
+        with open(path, encoding="ascii", errors="replace") as file:
+            found = re.search(r"^se\.exec_start\s*:\s*([\d.]+)", file.read(), re.M)
+    except OSError:
+        return None
+    return float(found[1]) if found else None
