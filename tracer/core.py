@@ -71,11 +71,6 @@ class CoreView:
         """What the core holds of the process's memory."""
         return self.file
 
-    @property
-    def notes(self) -> tuple[str, ...]:
-        """What is missing from this core, in words."""
-        return self.file.damage
-
     def close(self) -> None:
         """Give the files back."""
         if self._unwinder is not None:
@@ -85,8 +80,31 @@ class CoreView:
     # The executable.
 
     @cached_property
+    def _files(self) -> tuple[FileMapping, ...]:
+        """The mapped files; where the core does not tell, the executable that was given, where it is found."""
+        return self.file.files or tuple(self._search_given())
+
+    def _search_given(self) -> Iterator[FileMapping]:
+        if self._given_exe is None:
+            return
+        with Image.open(self._given_exe) as image:
+            bias = next(self._biases(image), None)
+            if bias is not None:
+                for segment in image.segments:
+                    start, end = segment.vaddr & -PAGE, segment.vaddr + segment.filesz + PAGE - 1 & -PAGE
+                    yield FileMapping(bias + start, bias + end, segment.offset & -PAGE, os.path.abspath(image.path))
+
+    def _biases(self, image: Image) -> Iterator[int]:
+        """Where memory holds a file with that build id, as what to add to its addresses."""
+        for load in self.file.loads:
+            if image.build_id and load.present and self._build_id_of(load.start) == image.build_id:
+                yield _bias(self._program_headers(load.start), load.start)
+
+    @cached_property
     def _exe_mapping(self) -> FileMapping | None:
         """The mapping of the executable's code, or its program headers."""
+        if not self.file.files:
+            return next(iter(self._files), None)
         for kind in (AT_ENTRY, AT_PHDR):
             address = self.file.auxv.get(kind)
             found = None if address is None else self._file_at(address)
@@ -160,23 +178,24 @@ class CoreView:
     def entry_address(self) -> int:
         """AT_ENTRY; CoreError where the core does not tell."""
         entry = self.file.auxv.get(AT_ENTRY)
+        if entry is None and self._given_exe is not None:
+            with Image.open(self._given_exe) as image:
+                entry = next((bias + image.entry for bias in self._biases(image)), None)
         if entry is None:
             raise CoreError(
                 f"{self.core} does not tell where the executable was loaded: its auxiliary vector is missing",
-                "gcore -o qemu.core PID",
+                f"aio-trace inspect --core {self.core} --exe FILE",
             )
         return entry
 
     # Files that are mapped.
 
     def _file_at(self, address: int) -> FileMapping | None:
-        return next((mapping for mapping in self.file.files if mapping.start <= address < mapping.end), None)
+        return next((mapping for mapping in self._files if mapping.start <= address < mapping.end), None)
 
     def _base(self, mapping: FileMapping) -> int | None:
         """Where the file's first byte is mapped."""
-        starts = [
-            m.start for m in self.file.files if m.path == mapping.path and not m.offset and m.start <= mapping.start
-        ]
+        starts = [m.start for m in self._files if m.path == mapping.path and not m.offset and m.start <= mapping.start]
         return max(starts, default=None)
 
     def _program_headers(self, base: int) -> list[tuple[int, ...]]:
@@ -192,8 +211,9 @@ class CoreView:
     def _build_id(self, mapping: FileMapping | None) -> str | None:
         """The build id of a mapped file, from the core's own memory."""
         base = self._base(mapping) if mapping else self.file.auxv.get(AT_PHDR, 0) & -PAGE
-        if not base:
-            return None
+        return self._build_id_of(base) if base else None
+
+    def _build_id_of(self, base: int) -> str | None:
         try:
             headers = self._program_headers(base)
             bias = _bias(headers, base)
@@ -262,7 +282,7 @@ class CoreView:
     @cached_property
     def _regions(self) -> tuple[Region, ...]:
         found = {load.start: self._region(load.start, load.end, load.permissions) for load in self.file.loads}
-        for mapping in self.file.files:
+        for mapping in self._files:
             if self.file.load_at(mapping.start) is None:
                 # gcore leaves out what can be read from the file, which is code above all.
                 found[mapping.start] = Region(mapping.start, mapping.end, "r-xp", 1, mapping.path, mapping.offset)
@@ -281,7 +301,7 @@ class CoreView:
         exe = self._exe_mapping
         if exe is None or not permissions.startswith("rw"):
             return False
-        end = max(mapping.end for mapping in self.file.files if mapping.path == exe.path)
+        end = max(mapping.end for mapping in self._files if mapping.path == exe.path)
         return end <= start < end + BRK_RANGE
 
     def heap_chunks(self) -> Iterable[tuple[int, bytes]]:
@@ -297,6 +317,12 @@ class CoreView:
         end = region.start + load.present if load else region.start
         for address in range(region.start, end, CHUNK):
             yield address, self.file.read(address, min(CHUNK, end - address))
+
+    def missing(self) -> tuple[str, ...]:
+        """What was cut off or damaged, and whether the heap is there at all."""
+        if any(True for _ in self.heap_chunks()):
+            return self.file.damage
+        return (*self.file.damage, "the core holds none of the process's heap (/proc/PID/coredump_filter?)")
 
     def arguments(self) -> tuple[str, ...]:
         """The command line, from the bottom of the main thread's stack; empty where that is not in the core."""

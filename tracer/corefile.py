@@ -186,8 +186,10 @@ class CoreFile:
         self.files = self._files(notes.get((b"CORE", NT_FILE), []))
         self.pid, self.name = self._process(notes.get((b"CORE", NT_PRPSINFO), []))
         self.facts = self._facts(notes.get((OWN_NOTE, NT_FACTS), []))
+        if not any(load.present for load in self.loads):
+            raise CoreError(f"{self.path} holds no memory: it is cut off or damaged", _TAKE_ONE)
         if not self.threads:
-            raise CoreError(f"{self.path} holds no threads: its notes are missing or cut off", _TAKE_ONE)
+            self._damage.append("its notes are missing or cut off, and with them threads, registers and names of files")
 
     def _header(self) -> tuple[int, int, int]:
         """Where the program headers are: offset, size of one, count."""

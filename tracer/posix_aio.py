@@ -152,14 +152,15 @@ def read_node(memory: MemoryReader, arg: int) -> Node | None:
     except FaultError:
         return None
     for found in _NODE_NAME.finditer(data):
-        name, behind = found.start(), found.start() + NODE_NAME_SIZE
-        if name % 8 or behind + 16 > len(data) or data[found.end() - 1 : behind].strip(b"\0"):
+        name, end = found.start(), found.start() + NODE_NAME_SIZE
+        entry = end + 7 & ~7  # pointers are aligned, characters need not be
+        if name % 4 or entry + 16 > len(data) or data[found.end() - 1 : end].strip(b"\0"):
             continue
-        (back,) = struct.unpack_from("<Q", data, behind + 8)
+        (back,) = struct.unpack_from("<Q", data, entry + 8)
         if _points_to(memory, back, bs):
             path = _PATH.search(data, 0, name)
             file = path[1].decode(errors="replace") if path else None
-            return Node(data[name:behind].rstrip(b"\0").decode("ascii"), file)
+            return Node(data[name:end].rstrip(b"\0").decode("ascii"), file)
     return None
 
 

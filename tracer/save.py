@@ -40,7 +40,7 @@ from tracer.corefile import (
     PT_NOTE,
     REGISTERS,
 )
-from tracer.errors import FaultError, HostError, TargetExited
+from tracer.errors import FaultError, HostError, NotPermitted, TargetExited
 from tracer.live import LiveView
 from tracer.memory import CHUNK, LARGEST_ARENA, PAGE, PAGE_PRESENT_OR_SWAPPED
 from tracer.registers import NT_PRFPREG, ThreadRegisters, take_registers
@@ -98,6 +98,16 @@ def save(view: LiveView, path: str) -> Saved:
     Raises HostError where it cannot be written or is there already, and what take_registers raises.
     """
     refuse_existing(path)
+    try:
+        return _save(view, path)
+    except PermissionError as error:
+        command = f"sudo aio-trace inspect --pid {view.pid} --save {path}"
+        raise NotPermitted(f"process {view.pid} may not be looked at without root", command) from error
+    except (ProcessLookupError, FileNotFoundError) as error:
+        raise TargetExited(f"process {view.pid} has ended") from error
+
+
+def _save(view: LiveView, path: str) -> Saved:
     regions = view.regions()
     parts = list(_parts(view.pid, regions))
     facts = _facts(view)

@@ -151,7 +151,8 @@ class Unwinder:
 
     def unwind(self, pc: int, sp: int, registers: Registers | None = None) -> Stack:
         """The stack from there on, innermost frame first; `registers` are those that are known besides."""
-        self._regions = None  # files come and go
+        if self._region_at(pc) is None or self._region_at(sp) is None:
+            self._regions = None  # mappings come and go
         first = _Step({**(registers or {}), RIP: pc, RSP: sp}, pc)
         steps, why = self._walk([first])
         for _ in range(MAX_SCANS):

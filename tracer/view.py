@@ -131,6 +131,10 @@ class ProcessView(Protocol):
         """The thread's kernel functions, innermost first; empty where it may not be read."""
         ...
 
+    def missing(self) -> tuple[str, ...]:
+        """What this core file should hold and does not, in words; empty for a live process."""
+        ...
+
     def arguments(self) -> tuple[str, ...]:
         """The command line; empty where not known."""
         ...

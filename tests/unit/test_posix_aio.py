@@ -122,11 +122,11 @@ def state_of(name: bytes, at: int, path: bytes = b"/d0.img") -> bytearray:
     state[64 : 64 + len(path)] = path
     state[2048:2051] = b"raw"  # backing_format: a name, too, but in no list
     state[at : at + len(name)] = name
-    struct.pack_into("<QQ", state, at + 32, 0, OTHER_BS + at + 32)
+    struct.pack_into("<QQ", state, at + 39 & ~7, 0, OTHER_BS + at + 32)
     return state
 
 
-@pytest.mark.parametrize("at", [3000, 6552])
+@pytest.mark.parametrize("at", [3000, 6552, 4100])
 def test_a_node_is_named_where_the_list_points_back(at: int) -> None:
     other = bytearray(8192)
     struct.pack_into("<Q", other, at + 32, BS)
