@@ -17,12 +17,23 @@ import pytest
 
 from tests.kernel.miniature import ELEMENT, Miniature
 from tracer import probes
-from tracer.probes import BUCKETS, COUNTERS, KINDS, STAGES, Probes, bucket_upper_ns, compile_flags, source_folder
+from tracer.probes import (
+    BUCKETS,
+    COUNTERS,
+    KINDS,
+    STAGES,
+    Parameters,
+    Probes,
+    bucket_upper_ns,
+    compile_flags,
+    source_folder,
+)
 from tracer.sites.model import SITE_NAMES
 
 ROOT = Path(__file__).resolve().parents[2]
 STRUCTURES = {
     "request_record": probes.RequestRecord,
+    "statistics_key": probes.StatisticsKey,
     "stage_statistics": probes.StageStatistics,
     "statistics": probes.KindStatistics,
 }
@@ -65,7 +76,7 @@ def compiled_c(folder: Path, text: str) -> str:
 
 def header_program(statements: str) -> str:
     header = f'#include "{source_folder() / "aio_trace.h"}"'
-    types = "#include <stddef.h>\n#include <stdint.h>\n#include <stdio.h>\ntypedef uint64_t u64; typedef uint32_t u32;"
+    types = "#include <stddef.h>\n#include <stdint.h>\n#include <stdio.h>\ntypedef uint64_t u64; typedef uint32_t u32; typedef int32_t s32;"
     return f"{types}\n{header}\nint main(void) {{ {statements} }}"
 
 
@@ -145,7 +156,7 @@ def used_buckets(below: int) -> Iterator[int]:
 @pytest.mark.parametrize("names", [SITE_NAMES, ("done", "callback")], ids=["full", "alert"])
 def test_every_variant_loads(pool: Miniature, cmpxchg: bool, names: tuple[str, ...]) -> None:
     """The kernel's verifier has no objection to any of them."""
-    flags = compile_flags([pool.sites[name] for name in names], ELEMENT, 64, cmpxchg)
+    flags = compile_flags([pool.sites[name] for name in names], ELEMENT, Parameters(64), cmpxchg)
     os.environ["BCC_KERNEL_SOURCE"] = str(source_folder())
     program = bcc.BPF(src_file=str(source_folder() / "aio_trace.c").encode(), cflags=flags)
     for name in names:

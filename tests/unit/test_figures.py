@@ -90,14 +90,14 @@ def test_a_maximum_older_than_its_buckets() -> None:
 
 
 def test_all_kinds_together() -> None:
-    total = combined({"read": statistics(1000, 5000, done=2), "write": statistics(9000, done=1, missed=4)})
+    total = combined([statistics(1000, 5000, done=2), statistics(9000, done=1, missed=4)])
     assert (total.done, total.missed, total.submitted) == (3, 4, 0)
     assert total.stages[0] == histogram(1000, 5000, 9000)
 
 
 def test_putting_kinds_together_leaves_them_alone() -> None:
     reads = statistics(1000, done=1)
-    combined({"read": reads, "write": statistics(9000, done=1)})
+    combined([reads, statistics(9000, done=1)])
     assert reads == statistics(1000, done=1)
 
 
@@ -138,4 +138,4 @@ def test_counts_of_a_mode() -> None:
 
 def test_no_figure_depends_on_the_order_of_kinds() -> None:
     one, other = statistics(1000, done=1), statistics(9000, done=2)
-    assert figures.combined({"a": one, "b": other}) == figures.combined({"b": other, "a": one})
+    assert figures.combined([one, other]) == figures.combined([other, one])

@@ -13,7 +13,7 @@ import pytest
 
 from tracer import home
 from tracer.home import find_bell, find_home, parked
-from tracer.memory import LiveMemory
+from tracer.live import LiveView
 from tracer.target import Target, Thread, open_target
 
 # Threads of this process sleep in poll() of the C library with the words of their case on the stack, as a
@@ -63,7 +63,7 @@ class Child:
 
     process: subprocess.Popen[str]
     target: Target
-    memory: LiveMemory
+    view: LiveView
     said: dict[str, Any]
 
     def run(self, line: str) -> None:
@@ -87,7 +87,7 @@ class Child:
         for name in self.said["tids"]:
             self.thread(name)
         code = range(self.said["worker"], self.said["worker"] + 2048)
-        return find_home(self.target, self.memory, self.said[context], main_context, code)
+        return find_home(self.view, self.said[context], main_context, code)
 
 
 @pytest.fixture
@@ -100,7 +100,7 @@ def child(request: pytest.FixtureRequest) -> Iterator[Child]:
         assert process.stdout
         said = json.loads(process.stdout.readline())
         target = open_target(process.pid)
-        yield Child(process, target, LiveMemory(target), said)
+        yield Child(process, target, LiveView(target), said)
         process.kill()
 
 
@@ -145,7 +145,7 @@ def test_a_name_decides_between_two() -> None:
         assert process.stdout
         said = json.loads(process.stdout.readline())
         target = open_target(process.pid)
-        child = Child(process, target, LiveMemory(target), said)
+        child = Child(process, target, LiveView(target), said)
         assert child.home(main_context=1) == said["tids"]["IO two"]
         process.kill()
 
@@ -158,36 +158,36 @@ def test_nobody_has_it(child: Child) -> None:
 def test_the_bell_of_a_context(child: Child) -> None:
     """Other equal pairs of numbers in it are no eventfds."""
     thread = child.thread("home")
-    found = find_bell(child.target, child.memory, child.said["context"], thread)
+    found = find_bell(child.view, child.said["context"], thread)
     assert (found.fd, found.count, found.polled) == (child.said["bell"], 0, True)
 
 
 def test_a_bell_that_was_rung_and_not_heard(child: Child) -> None:
     child.run("os.eventfd_write(other_bell, 3)")
-    found = find_bell(child.target, child.memory, child.said["other"], child.thread("home"))
+    found = find_bell(child.view, child.said["other"], child.thread("home"))
     assert (found.fd, found.count, found.polled) == (child.said["other_bell"], 3, False)
 
 
 def test_a_bell_without_a_thread(child: Child) -> None:
-    found = find_bell(child.target, child.memory, child.said["other"], None)
+    found = find_bell(child.view, child.said["other"], None)
     assert (found.fd, found.polled) == (child.said["other_bell"], None)
 
 
 def test_two_bells_are_none(child: Child) -> None:
     child.run('struct.pack_into("ii", context, 400, other_bell, other_bell)')
-    found = find_bell(child.target, child.memory, child.said["context"], None)
+    found = find_bell(child.view, child.said["context"], None)
     assert (found.fd, found.count, found.polled) == (None, None, None)
 
 
 def test_a_context_that_cannot_be_read(child: Child) -> None:
-    found = find_bell(child.target, child.memory, 8, None)
+    found = find_bell(child.view, 8, None)
     assert (found.fd, found.count, found.polled) == (None, None, None)
 
 
 @pytest.mark.parametrize(("bell", "heard"), [("epoll_bell", True), ("bell", False)])
 def test_bells_of_an_epoll_loop(child: Child, bell: str, heard: bool) -> None:
     child.run(f'struct.pack_into("ii", other, 204, {bell}, {bell})')
-    found = find_bell(child.target, child.memory, child.said["other"], child.thread("epoller"))
+    found = find_bell(child.view, child.said["other"], child.thread("epoller"))
     assert (found.fd, found.polled) == (child.said[bell], heard)
 
 
@@ -197,5 +197,5 @@ def test_a_thread_elsewhere_is_not_parked(child: Child) -> None:
     while thread is None or thread.syscall is None or thread.syscall.name != "read":
         thread = child.target.thread(child.process.pid)
     assert not parked(thread)
-    assert find_bell(child.target, child.memory, child.said["context"], thread).polled is None
+    assert find_bell(child.view, child.said["context"], thread).polled is None
     assert "read" not in home.POLLS

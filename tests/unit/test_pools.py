@@ -177,9 +177,9 @@ def test_the_bottom_half(layout: Layout, told: bool) -> None:
 
 def test_thread_counters() -> None:
     world = World(MODERN)
-    world.memory.put(world.pool + 0xD0, "ii", 7, 3)
+    world.memory.put(world.pool + 0xD0, "iiii", 7, 3, 2, 1)
     world.memory.put(world.pool + 0xE4, "i", 64)
-    assert world.reader.threads(world.proved) == ThreadCounts(7, 3, 64)
+    assert world.reader.threads(world.proved) == ThreadCounts(7, 3, 64, 2, 1)
 
 
 @pytest.mark.parametrize("value", [-1, 1 << 30])

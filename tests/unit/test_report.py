@@ -83,7 +83,7 @@ EVENTS: tuple[Event, ...] = (
 # The contract's fields; what is here beyond it is promised from now on.
 LATENCY = {"count", "p50", "p90", "p99", "max", "buckets"}
 COUNTS_FIELDS = {"event", "time", "pid", "requests", "alerts", "lost_records", "latency_us", "by_kind"}
-COUNTS_FIELDS |= {"period_s", "notes"}
+COUNTS_FIELDS |= {"period_s", "notes", "by_file", "late"}
 FIELDS = {
     "attached": {
         *("event", "time", "pid", "exe", "version", "probes", "pools", "in_flight", "startup_s"),
