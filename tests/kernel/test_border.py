@@ -76,7 +76,8 @@ def compiled_c(folder: Path, text: str) -> str:
 
 def header_program(statements: str) -> str:
     header = f'#include "{source_folder() / "aio_trace.h"}"'
-    types = "#include <stddef.h>\n#include <stdint.h>\n#include <stdio.h>\ntypedef uint64_t u64; typedef uint32_t u32; typedef int32_t s32;"
+    includes = "#include <stddef.h>\n#include <stdint.h>\n#include <stdio.h>\n"
+    types = f"{includes}typedef uint64_t u64; typedef uint32_t u32; typedef int32_t s32;"
     return f"{types}\n{header}\nint main(void) {{ {statements} }}"
 
 
