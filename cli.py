@@ -259,6 +259,120 @@ def demo(verbose: bool) -> int:
     return EXIT_OK
 
 
+@aio_trace.command()
+@click.option("--pid", type=click.IntRange(min=1), required=True, metavar="PID", help="The QEMU whose guest hangs.")
+@click.option("--qmp", "socket_path", metavar="SOCKET", help="The UNIX socket of its QMP monitor.")
+@click.option("--via", type=click.Choice(["virsh"]), help="Ask through libvirt, which holds the socket.")
+@click.option("--domain", metavar="NAME", help="libvirt's name of it, where that is to be checked.")
+@click.option("--force", is_flag=True, help="If the monitor does not free it: one call inside QEMU.")
+@click.option("--yes", is_flag=True, help="Do not ask before --force.")
+@click.option(
+    "--timeout", type=Duration(), default="5s", show_default=True, help="How long to wait for each of its answers."
+)
+@click.option("--json", "as_json", is_flag=True, help="One JSON object a request on standard output.")
+@click.option("-v", "--verbose", is_flag=True, help="Say more.")
+def nudge(
+    pid: int,
+    socket_path: str | None,
+    via: str | None,
+    domain: str | None,
+    force: bool,
+    yes: bool,
+    timeout: float,
+    as_json: bool,
+    verbose: bool,
+) -> int:
+    """Free a guest that hangs on a lost completion, and say whether it worked.
+
+    \b
+    sudo aio-trace nudge --pid PID --qmp SOCKET
+
+    Looks first; where nothing is lost, nothing is sent. Through the monitor it sends two questions and one
+    tiny read. --force is for a monitor that is dead, too. Exit status: 0 freed, 1 could not do it or not for
+    this, 2 usage, 3 not freed.
+    """
+    if not (socket_path or via or force):
+        raise click.UsageError("How? Give --qmp SOCKET, --via virsh, or --force.")
+    if socket_path and via:
+        raise click.UsageError("--qmp and --via exclude each other.")
+    if domain and not via:
+        raise click.UsageError("--domain goes with --via virsh.")
+    if force and not yes and not sys.stdin.isatty():
+        raise click.UsageError("--force asks before it acts, and nobody can answer here; give --yes as well.")
+    streams = Streams()
+    try:
+        events = _nudged(pid, socket_path, via, domain, force, yes, timeout, streams)
+        _write_all(events, streams, as_json, verbose)
+    except BrokenPipeError:
+        return EXIT_FAILED
+    except (KeyboardInterrupt, click.Abort):
+        streams.progress("not done")
+        return EXIT_FAILED
+    except AioTraceError as error:
+        _report(error, streams, as_json, pid, verbose)
+        return error.status
+    _close_quietly(streams.out)
+    return EXIT_OK if all(event.freed for event in events) else EXIT_ALERT
+
+
+def _nudged(
+    pid: int,
+    socket_path: str | None,
+    via: str | None,
+    domain: str | None,
+    force: bool,
+    yes: bool,
+    timeout: float,
+    streams: Streams,
+) -> list[Any]:
+    """Look, then by monitor, then by force; what came of it, one event a request."""
+    from tracer.build import read_build
+    from tracer.nudge import Nudge
+    from tracer.qmp import Monitor, SocketMonitor, VirshMonitor
+    from tracer.target import open_target
+
+    target = open_target(pid)
+    nudger = Nudge(target, read_build(target.image_path, f"process {pid} ({target.exe})"), streams.progress)
+    events: list[Any] = []
+    try:
+        seen = nudger.diagnose()
+        for stuck in seen.curable:
+            streams.progress(f"{stuck.verdict.cause}: request {stuck.request.address:#x}. {stuck.verdict.explanation}")
+        if socket_path or via:
+            try:
+                monitor: Monitor = (
+                    SocketMonitor(target, socket_path, timeout)
+                    if socket_path
+                    else VirshMonitor(target, domain, timeout)
+                )
+                try:
+                    events = nudger.by_monitor(seen, monitor)
+                finally:
+                    monitor.close()
+            except AioTraceError as error:
+                if not force:
+                    raise
+                streams.progress(f"by monitor: {error.message}")
+            if events and all(event.freed for event in events):
+                return events
+        if force:
+            streams.progress(nudger.plan_force(seen))
+            if not yes:
+                click.confirm("Do it?", abort=True, err=True)
+            events = nudger.force(nudger.diagnose())
+        return events
+    finally:
+        nudger.close()
+
+
+def _write_all(events: Sequence[Event], streams: Streams, as_json: bool, verbose: bool) -> None:
+    from tracer.report import JsonWriter, TableWriter, Writer
+
+    writer: Writer = JsonWriter(streams.out) if as_json else TableWriter(streams.out, streams.progress, verbose=verbose)
+    for event in events:
+        _checked(writer.write)(event)
+
+
 def _checked(write: Callable[[Event], None]) -> Callable[[Event], None]:
     """`write` with one sentence for a full disk; that nobody reads any more stays a BrokenPipeError."""
 

@@ -20,6 +20,7 @@ from tracer.events import (
     Event,
     Failure,
     Latency,
+    Nudged,
     PoolInfo,
     Resolved,
     TargetEnded,
@@ -96,6 +97,8 @@ def _body(event: Event) -> tuple[str, dict[str, Any]]:
     if isinstance(event, Resolved):
         after = round(event.after_s, 6)
         return "resolved", {"request": as_hex(event.request), "pool": as_hex(event.pool), "after_s": after}
+    if isinstance(event, Nudged):
+        return "nudge", _nudged_body(event)
     if isinstance(event, Failure):
         return "error", {"message": event.message, "hint": event.hint}
     if isinstance(event, TargetEnded):
@@ -124,6 +127,17 @@ def _attached_body(event: Attached) -> dict[str, Any]:
         "in_flight": event.in_flight,
         "startup_s": round(event.startup_s, 3),
         "notes": list(event.notes),
+    }
+
+
+def _nudged_body(event: Nudged) -> dict[str, Any]:
+    return {
+        "request": as_hex(event.request),
+        "pool": as_hex(event.pool),
+        "cause": event.cause,
+        "command": event.command,
+        "freed": event.freed,
+        "pause_ms": None if event.pause_ms is None else round(event.pause_ms, 3),
     }
 
 
@@ -227,6 +241,8 @@ class TableWriter:
             self._alert(event)
         elif isinstance(event, Resolved):
             self._print(self._resolved(event))
+        elif isinstance(event, Nudged):
+            self._print(self._nudged(event))
         elif isinstance(event, TargetEnded):
             self._progress(f"{self._of(event)}{event.reason}")
         elif isinstance(event, Failure):
@@ -325,6 +341,13 @@ class TableWriter:
         if event.bytes is not None and event.offset is not None:
             extent = f" ({size(event.bytes)} at {event.offset})"
         return f"{event.kind or 'request'}{place}{extent}"
+
+    def _nudged(self, event: Nudged) -> str:
+        outcome = "went on: it is free" if event.freed else "is still stuck: NOT freed"
+        text = f"{self._when(event)}nudge: request {event.request:#x} ({event.cause}) {outcome}"
+        if event.pause_ms is not None:
+            text += f"\n  its thread stood still for {event.pause_ms:.2f} ms"
+        return text
 
     def _resolved(self, event: Resolved) -> str:
         self._alike = None
