@@ -157,6 +157,12 @@ CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
     metavar="CMD",
     help="Run this shell command at each alert (AIO_TRACE_CAUSE, AIO_TRACE_PID, …).",
 )
+@click.option(
+    "--nudge",
+    "nudge_socket",
+    metavar="SOCKET",
+    help="Free a lost completion at its alert, through this QMP socket of the one --pid.",
+)
 @click.option("--json", "as_json", is_flag=True, help="One JSON object a line on standard output.")
 @click.option("-v", "--verbose", is_flag=True, help="Say more.")
 @click.version_option(__version__, prog_name="aio-trace", message="%(prog)s %(version)s")
@@ -171,6 +177,7 @@ def aio_trace(
     duration: float | None,
     mode: str,
     on_alert: str | None,
+    nudge_socket: str | None,
     as_json: bool,
     verbose: bool,
 ) -> None:
@@ -186,10 +193,12 @@ def aio_trace(
         return
     if not pids and not everything:
         raise click.UsageError("Which QEMU? Give --pid PID, or --all.")
+    if nudge_socket and (everything or len(set(pids)) != 1):
+        raise click.UsageError("--nudge SOCKET is the monitor of one process; give exactly one --pid.")
     from tracer.session import Options
     from tracer.watch import Settings
 
-    options = Options(Settings(deadline, slow, mode), interval, duration or 0.0, on_alert)
+    options = Options(Settings(deadline, slow, mode), interval, duration or 0.0, on_alert, nudge_socket)
     ctx.exit(_trace(pids, everything, options, as_json, verbose))
 
 

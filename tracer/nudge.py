@@ -108,7 +108,8 @@ class Nudge:
         sent = ["query-status"]
         try:
             self._ask(seen, monitor, sent)
-        except AioTraceError:
+        except AioTraceError as error:
+            error.hint = error.hint or force_hint(self.target)
             self._tell(seen, "; ".join(sent))
             raise
         return self._tell(seen, "; ".join(sent))
@@ -118,20 +119,13 @@ class Nudge:
         monitor.execute("query-status")
         kicked = [each for each in seen.curable if each.verdict.cause == LOST_KICK]
         self._gone(kicked, KICK_PATIENCE_S)
-        drives = self._drives(monitor)
+        drives = drives_of(monitor.execute("query-block"))
         for stuck in _one_a_pool(seen.curable):
             if not self._still(stuck):
                 continue
             if stuck.verdict.cause == LOST_KICK:
                 self._ring(stuck, monitor, sent)
             self._read(stuck, drives, monitor, sent)
-
-    def _drives(self, monitor: Monitor) -> list[Drive]:
-        try:
-            return drives_of(monitor.execute("query-block"))
-        except CommandRefused as error:  # qemu-storage-daemon, which has no human monitor either
-            error.hint = force_hint(self.target)
-            raise
 
     def _ring(self, stuck: Stuck, monitor: Monitor, sent: list[str]) -> None:
         """Wake an iothread: setting its polling time to what it is rings its eventfd, and no more."""
@@ -175,9 +169,8 @@ class Nudge:
         try:
             answer = str(monitor.execute("human-monitor-command", {"command-line": line})).strip()
         except CommandRefused as error:
-            error.hint = force_hint(self.target)
             return error
-        return CommandRefused(f"the monitor refused it: {answer}", force_hint(self.target)) if answer else None
+        return CommandRefused(f"the monitor refused {line}: {answer}") if answer else None
 
     def _check_reach(self, stuck: Stuck) -> None:
         """Raise NudgeRefused where no harmless monitor command makes a request in that pool."""

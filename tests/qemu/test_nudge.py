@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from tests.qemu.nudging import ROOT, WITNESS, by_force, by_monitor, commands, nudge
+from tests.qemu.tracing import traced
 from tracer.build import read_build
 from tracer.errors import NudgeRefused
 from tracer.lab import faults
@@ -128,6 +129,109 @@ def test_a_dead_monitor_is_freed_by_force(paused_qemu: Qemu) -> None:
     counts = paused_qemu.trace_counts()
     assert paused_qemu.qmp("query-status")["running"] is False
     assert counts == TraceCounts(counts.submitted, counts.submitted)
+
+
+def test_the_main_job_nudges_once(watched: Qemu) -> None:
+    options = ("--deadline", "200ms", "--nudge", str(watched.spare_monitor))
+    pool = faults.pool_of(watched, "d0")
+    with traced(watched.pid, *options) as trace:
+        for _ in range(2):
+            lost = faults.lose(watched, "d0", "write", pool)
+            assert trace.expect("alert")["cause"] == "lost-wakeup"
+            assert trace.expect("resolved")["request"] == hex(lost.request)
+        trace.finish()
+        nudges = trace.named("nudge")
+        assert [(event["request"], event["freed"]) for event in nudges] == [(hex(lost.request), True)] * 2
+        assert trace.named("error") == []
+
+
+def test_the_main_job_goes_on_where_the_monitor_is_held(paused_qemu: Qemu) -> None:
+    with traced(paused_qemu.pid, "--deadline", "200ms", "--nudge", str(paused_qemu.folder / "lab.qmp")) as trace:
+        lost = faults.lose(paused_qemu, "d0", "write")
+        trace.expect("alert")
+        assert "holds the monitor" in trace.expect("error")["message"]
+        assert lost.still_lost()
+        lost.free()
+        trace.expect("resolved")
+
+
+def test_each_nudge_leaves_an_audit_line(paused_qemu: Qemu, tmp_path: Path) -> None:
+    """Read back from a log socket of our own, in a mount namespace of the command's own."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as log:
+        log.bind(str(tmp_path / "log"))
+        log.settimeout(10)
+        script = (
+            f"mkdir -p {tmp_path}/dev && mount -t tmpfs none {tmp_path}/dev && cd {tmp_path}/dev && "
+            f"for name in null zero random urandom; do touch $name && mount --bind /dev/$name $name; done && "
+            f"touch log && mount --bind {tmp_path}/log log && mount --move {tmp_path}/dev /dev && "
+            f'cd {ROOT} && exec "$@"'
+        )
+        before = ("unshare", "--mount", "sh", "-c", script, "sh")
+        environment = {**os.environ, "SUDO_USER": "operator", "SUDO_UID": "4711"}
+        for options in (("--qmp", str(paused_qemu.spare_monitor)), ("--force", "--yes")):
+            lost = faults.lose(paused_qemu, "d0", "write")
+            done = nudge(paused_qemu.pid, *options, before=before, environment=environment)
+            assert done.status == 0, done.errors
+            line = log.recv(4096).decode()
+            assert f"nudge pid={paused_qemu.pid} " in line
+            assert f"request={lost.request:#x}" in line
+            assert "before=lost-wakeup after=gone freed=yes" in line
+            assert ("aio_read" if "--qmp" in options else "qemu_bh_schedule") in line
+            assert "by=operator(uid 4711)" in line
+            assert "no system log" not in done.errors
+        assert nudge(paused_qemu.pid, "--force", "--yes", before=before).status == 1
+        log.setblocking(False)
+        with pytest.raises(BlockingIOError):
+            log.recv(4096)
+
+
+# What it reads
+
+
+def _send(qemu: Qemu, line: str) -> None:
+    assert qemu.hmp(line) == ""
+
+
+def _lose_on(qemu: Qemu, line: str) -> faults.LostCompletion:
+    """Lose the completion of what that line of the human monitor asks for, in the pool of d0."""
+    return faults.lose_completion(qemu, "d0", faults.pool_of(qemu, "d0"), lambda: _send(qemu, line))
+
+
+@pytest.mark.parametrize("aio", ["threads", "native", "io_uring"])
+def test_the_read_goes_through_the_pool_whatever_the_aio_mode(aio: str, tmp_path: Path) -> None:
+    image = tmp_path / "disk"
+    image.write_bytes(bytes(1 << 20))
+    drive = f"if=none,id=other,format=raw,file={image},aio={aio},cache=none,discard=unmap"
+    with paused(extra=["-drive", drive, *WITNESS]) as qemu:
+        lost = _lose_on(qemu, 'qemu-io other "aio_write -z -u 0 64k"')
+        done = by_monitor(qemu)
+        assert done.status == 0, done.errors
+        assert 'qemu-io other "aio_read' in done.errors
+        assert not lost.still_lost()
+
+
+def test_a_disk_of_blockdev_has_only_its_device(tmp_path: Path) -> None:
+    image = tmp_path / "disk"
+    image.write_bytes(bytes(1 << 20))
+    disk = f"driver=raw,node-name=top,file.driver=file,file.filename={image}"
+    device = ["-machine", "q35", "-blockdev", disk, "-device", "virtio-blk-pci,drive=top,id=vda"]
+    with paused(extra=[*device, *WITNESS]) as qemu:
+        lost = _lose_on(qemu, 'qemu-io -d /machine/peripheral/vda/virtio-backend "aio_write 0 64k"')
+        done = by_monitor(qemu)
+        assert done.status == 0, done.errors
+        assert "qemu-io -d /machine/peripheral/vda/virtio-backend" in done.errors
+        assert not lost.still_lost()
+
+
+def test_a_storage_daemon_needs_force(daemon: Qemu) -> None:
+    for drive in daemon.drives:
+        lost = faults.lose(daemon, drive, "write")
+        done = by_monitor(daemon)
+        assert done.status == 1
+        assert f"nudge --pid {daemon.pid} --force" in done.errors
+        assert lost.still_lost()
+        assert by_force(daemon).status == 0
+        assert not lost.still_lost()
 
 
 # What it refuses

@@ -33,6 +33,7 @@ STAGES: tuple[tuple[str, ...], ...] = (
     ("tracer.figures", "tracer.looking", "tracer.sampling", "tracer.report"),
     ("tracer.qmp", "tracer.inject", "tracer.audit", "tracer.survey"),
     ("tracer.nudge",),
+    ("tracer.nudger",),
     ("tracer.watch",),
     ("tracer.session",),
     ("tracer.lab",),
