@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import gc
 import os
 import platform
 import re
@@ -64,6 +65,7 @@ FLAG_TRAP, FLAG_DIRECTION = 1 << 8, 1 << 10
 #: mov $15,%rax; syscall: __restore_rt of glibc and musl, of which debuggers know the very bytes.
 RESTORER = bytes.fromhex("48c7c00f0000000f05")
 STOP_TIMEOUT_S = 2.0
+POLL_S = 20e-6
 ATTEMPTS = 20
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -142,7 +144,7 @@ def call_in_thread(target: Target, memory: LiveMemory, tid: int, call: Call, che
 def _attempt(
     target: Target, tid: int, call: Call, check: Callable[[], None], restorer: int, regions: list[Region]
 ) -> Pause | None:
-    with _Stopped(target, tid) as thread:
+    with _undisturbed(), _Stopped(target, tid) as thread:
         registers = thread.registers()
         if not thread.still or registers["orig_rax"] not in LOOP_CALLS:
             return None
@@ -160,6 +162,23 @@ def _attempt(
         }
         thread.set_registers(changed)
     return Pause(tid, thread.pause_s)
+
+
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    """No other program of the host comes between the steps, and no garbage collection, so that the pause is short."""
+    policy, parameter = os.sched_getscheduler(0), os.sched_getparam(0)
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        with suppress(OSError):
+            os.sched_setscheduler(0, os.SCHED_FIFO | os.SCHED_RESET_ON_FORK, os.sched_param(1))
+        yield
+    finally:
+        with suppress(OSError):
+            os.sched_setscheduler(0, policy, parameter)
+        if collecting:
+            gc.enable()
 
 
 def _check_stack(regions: list[Region], bottom: int, top: int) -> None:
@@ -247,6 +266,7 @@ class _Stopped:
         while time.monotonic() < end:
             pid, status = os.waitpid(self._tid, WALL | os.WNOHANG)
             if not pid:
+                time.sleep(POLL_S)  # it needs a processor to stop on, which may be ours
                 continue
             if not os.WIFSTOPPED(status):
                 raise InjectionRefused(f"thread {self._tid} ended")
