@@ -242,9 +242,10 @@ def _interrupt(_number: int, _frame: Any) -> None:
 
 
 @aio_trace.command()
+@click.option("--drain", is_flag=True, help="Then lose one more, with a dead monitor, and free it by --force.")
 @click.option("-v", "--verbose", is_flag=True, help="Say more.")
-def demo(verbose: bool) -> int:
-    """Boot a small guest, lose one of its completions, and show what aio-trace says.
+def demo(drain: bool, verbose: bool) -> int:
+    """Boot a small guest, lose one of its completions, show what aio-trace says, and free it.
 
     Acts on its own throw-away guest only; needs root, qemu-system-x86 and busybox-static.
     """
@@ -256,7 +257,7 @@ def demo(verbose: bool) -> int:
         signal.signal(number, _interrupt)
     signal.signal(signal.SIGPIPE, signal.SIG_IGN)
     try:
-        Demo(TableWriter(streams.out, streams.progress, verbose=verbose).write, streams.progress).run()
+        Demo(TableWriter(streams.out, streams.progress, verbose=verbose).write, streams.progress, drain).run()
     except Interrupted:
         streams.progress("interrupted; the demo's guest is gone, nothing is left behind")
     except BrokenPipeError:
@@ -338,6 +339,7 @@ def _nudged(
     from tracer.build import read_build
     from tracer.nudge import Nudge
     from tracer.qmp import Monitor, SocketMonitor, VirshMonitor
+    from tracer.report import wrapped
     from tracer.target import open_target
 
     target = open_target(pid)
@@ -346,7 +348,8 @@ def _nudged(
     try:
         seen = nudger.diagnose()
         for stuck in seen.curable:
-            streams.progress(f"{stuck.verdict.cause}: request {stuck.request.address:#x}. {stuck.verdict.explanation}")
+            streams.progress(f"{stuck.verdict.cause}: request {stuck.request.address:#x}")
+            streams.progress(wrapped(stuck.verdict.explanation))
         if socket_path or via:
             try:
                 monitor: Monitor = (

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import re
+import textwrap
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
@@ -36,15 +37,16 @@ KICK_PATIENCE_S = 0.5
 #: Since QEMU 8.2 the monitor's qemu-io runs in the main loop whatever thread serves the drive.
 IN_CURRENT_CONTEXT = (8, 2)
 
-QUESTIONS = (
-    "sending query-status and query-block: two questions, which change nothing; each wakes the main loop, "
-    "which is all that a lost kick needs"
+WHY_QUESTIONS = (
+    "two questions, which change nothing; they wake the main loop, which is all that a lost kick needs there"
 )
+WHY_RING = "sets the value that it has already; QEMU wakes the iothread, and no more"
 WHY_READ = (
     "one read of less than a sector that QEMU throws away; it changes no data and waits for nothing. "
     "Its completion makes QEMU look through the pool's whole list, and so takes the lost one along"
 )
 
+WIDTH = 77
 HELP = {
     STOPPED: "kill -CONT {pid}, or end the debugger",
     LOOP_BLOCKED: "end what the loop waits for; see the explanation",
@@ -115,7 +117,7 @@ class Nudge:
         return self._tell(seen, "; ".join(sent))
 
     def _ask(self, seen: Survey, monitor: Monitor, sent: list[str]) -> None:
-        self._say(QUESTIONS)
+        self._announce("query-status, query-block", WHY_QUESTIONS)
         monitor.execute("query-status")
         kicked = [each for each in seen.curable if each.verdict.cause == LOST_KICK]
         self._gone(kicked, KICK_PATIENCE_S)
@@ -126,6 +128,10 @@ class Nudge:
             if stuck.verdict.cause == LOST_KICK:
                 self._ring(stuck, monitor, sent)
             self._read(stuck, drives, monitor, sent)
+
+    def _announce(self, line: str, why: str) -> None:
+        """What will be sent, in one line that can be pasted, and why it is harmless."""
+        self._say(f"sending: {line}\n" + textwrap.indent(textwrap.fill(why, WIDTH), "  "))
 
     def _ring(self, stuck: Stuck, monitor: Monitor, sent: list[str]) -> None:
         """Wake an iothread: setting its polling time to what it is rings its eventfd, and no more."""
@@ -138,7 +144,7 @@ class Nudge:
                 where = {"path": f"/objects/{iothread['id']}", "property": "poll-max-ns"}
                 value = iothread["poll-max-ns"]
                 line = f"qom-set {where['path']} poll-max-ns {value}"
-                self._say(f"sending {line}: the value that it has already; QEMU wakes the iothread")
+                self._announce(line, WHY_RING)
                 sent.append(line)
                 monitor.execute("qom-set", where | {"value": value})
         self._gone([stuck], KICK_PATIENCE_S)
@@ -154,7 +160,7 @@ class Nudge:
         for drive in chosen:
             for read in READS:
                 line = f'qemu-io {drive.argument} "{read}"'
-                self._say(f"sending {monitor.spelled(line)}: {WHY_READ}")
+                self._announce(monitor.spelled(line), WHY_READ)
                 sent.append(line)
                 refused = self._send(monitor, line)
                 if refused is None and self._gone([stuck], self._settings.patience_s):

@@ -35,8 +35,8 @@ STAGE_TITLES = {
 
 
 ADVICE_LOST_WAKEUP = (
-    "Any new request in the same pool frees it. Until then avoid what drains (stop, dump, snapshot, shutdown): "
-    "QEMU's monitor would hang, too."
+    "Any new request in the same pool frees it, or the line below. Until then avoid what drains (stop, dump, "
+    "snapshot, shutdown): QEMU's monitor would hang, too."
 )
 WIDTH = 79
 
@@ -333,6 +333,7 @@ class TableWriter:
             lines.append("  It was there when aio-trace came: it may have been late for long.")
         if event.cause == LOST_WAKEUP:
             lines.append(wrapped(ADVICE_LOST_WAKEUP))
+            lines.append(f"  sudo aio-trace nudge --pid {event.pid} --qmp SOCKET")
         self._print("\n".join(lines))
 
     def _what(self, event: Alert) -> str:

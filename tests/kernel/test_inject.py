@@ -84,6 +84,11 @@ def test_the_thread_has_everything_back(sleeper: Path, how: str, interrupted: in
         assert sleeping.end() == f"calls {CALLS} interrupted {interrupted} usr1 0"
 
 
+def _state(thread: inject._Stopped) -> str:
+    found = thread._target.thread(thread._tid)
+    return found.state if found else ""
+
+
 @pytest.mark.parametrize("request_", [inject.PTRACE_INTERRUPT, inject.PTRACE_SETREGS, inject.PTRACE_DETACH])
 def test_signals_are_not_lost(sleeper: Path, request_: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """A signal that comes right before one of the steps is handled once."""
@@ -95,6 +100,8 @@ def test_signals_are_not_lost(sleeper: Path, request_: int, monkeypatch: pytest.
         if request == request_ and due:
             os.kill(thread._tid, signal.SIGUSR1)
             due, sent = False, sent + 1
+            if request == inject.PTRACE_INTERRUPT:  # so that it stops for the signal first
+                wait_until(lambda: _state(thread) == "t", what="the thread to stop")
         plain(thread, request, address, data)
 
     monkeypatch.setattr(inject._Stopped, "_ptrace", ptrace)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import signal
@@ -15,11 +16,17 @@ import pytest
 
 from tests.qemu.nudging import ROOT, WITNESS, by_force, by_monitor, commands, nudge
 from tests.qemu.tracing import traced
-from tracer.build import read_build
+from tracer import inject
+from tracer.build import load, read_build
 from tracer.errors import NudgeRefused
+from tracer.home import find_bell, parked
 from tracer.lab import faults
 from tracer.lab.guest import OPERATIONS, Workload, guest
 from tracer.lab.qemu import Drive, Qemu, TraceCounts, paused
+from tracer.lab.storage import Storage, storage
+from tracer.layout import RequestState
+from tracer.looking import Looker
+from tracer.memory import LiveMemory
 from tracer.nudge import Nudge
 from tracer.target import open_target
 
@@ -104,18 +111,62 @@ def test_a_guest_goes_on_and_loses_nothing(image_format: str, iothread: str | No
         assert check.returncode == 0, check.stdout
 
 
+PIDFD_GETFD = 438
+
+
+def _lose_kick(qemu: Qemu, daemon: Storage) -> int:
+    """A request that is done and told, with its home thread asleep and its eventfd empty; its address.
+
+    While the worker waits for storage the home thread is held; what rings its eventfd is taken out of it.
+    """
+    pool = faults.pool_of(qemu, "d0")
+    target = open_target(qemu.pid)
+    memory = LiveMemory(target)
+    loaded = load(target, memory, read_build(target.image_path, target.exe))
+    context = loaded.reader.pool(pool.pool).context
+    thread = Looker(target, memory, loaded).home(context)
+    assert thread
+    bell = find_bell(target, memory, context, thread).fd
+    assert bell is not None
+    with daemon.held():
+        qemu.submit("d0", "write")
+        qemu.wait_until(lambda: RequestState.THREAD_ACTIVE in faults.requests_of(qemu, pool).values())
+        qemu.wait_until(lambda: parked(target.thread(thread.tid) or thread), what="the home thread to sleep")
+        stopped = inject.stopped_thread(target, thread.tid)
+        stopped.__enter__()
+    try:
+        qemu.wait_until(lambda: target.eventfd_count(bell), what="the eventfd to be rung")
+        pidfd = os.pidfd_open(qemu.pid)
+        fd = ctypes.CDLL(None).syscall(PIDFD_GETFD, pidfd, bell, 0)
+        os.read(fd, 8)
+        os.close(fd)
+        os.close(pidfd)
+        (request,) = faults.requests_of(qemu, pool)
+    finally:
+        stopped.__exit__(None, None, None)
+        memory.close()
+    return request
+
+
+@pytest.mark.parametrize("iothread", [None, "io0"])
+def test_a_lost_kick_needs_a_question_only(iothread: str | None) -> None:
+    with storage() as slow, paused([slow.drive(iothread=iothread)], extra=WITNESS) as qemu:
+        request = _lose_kick(qemu, slow)
+        before, sent = qemu.trace_counts(), len(commands(qemu))
+        assert by_force(qemu).status == 1
+        done = by_monitor(qemu)
+        assert done.status == 0, done.errors
+        (event,) = done.nudges
+        assert (event["request"], event["cause"], event["freed"]) == (hex(request), "lost-kick", True)
+        names = [json.loads(line)["execute"] for line in commands(qemu)[sent:] if line.startswith("{")]
+        ring = ["query-iothreads", "qom-set"] if iothread else []
+        assert names == ["qmp_capabilities", "query-status", "query-block", *ring]
+        assert qemu.trace_counts() == TraceCounts(before.submitted, before.submitted)
+
+
 def test_a_dead_monitor_is_freed_by_force(paused_qemu: Qemu) -> None:
     lost = faults.lose(paused_qemu, "d0", "flush")
-    with socket.socket(socket.AF_UNIX) as monitor:
-        monitor.settimeout(30)
-        monitor.connect(str(paused_qemu.folder / "stall.qmp"))
-        answers = monitor.makefile("rw")
-        answers.readline()
-        for command in ("qmp_capabilities", "stop"):
-            answers.write(json.dumps({"execute": command}) + "\n")
-            answers.flush()
-            if command != "stop":
-                assert "return" in json.loads(answers.readline())
+    with faults.stopping(paused_qemu) as stop:
         done = by_monitor(paused_qemu, "--timeout", "1s")
         assert done.status == 1
         assert "does not answer within 1 s" in done.errors
@@ -124,8 +175,7 @@ def test_a_dead_monitor_is_freed_by_force(paused_qemu: Qemu) -> None:
         done = by_force(paused_qemu)
         assert done.status == 0, done.errors
         assert done.nudges[0]["freed"] is True
-        replies = iter(lambda: json.loads(answers.readline()), None)
-        assert any("return" in reply for reply in replies)
+        stop.wait()
     counts = paused_qemu.trace_counts()
     assert paused_qemu.qmp("query-status")["running"] is False
     assert counts == TraceCounts(counts.submitted, counts.submitted)
@@ -206,7 +256,7 @@ def test_the_read_goes_through_the_pool_whatever_the_aio_mode(aio: str, tmp_path
         lost = _lose_on(qemu, 'qemu-io other "aio_write -z -u 0 64k"')
         done = by_monitor(qemu)
         assert done.status == 0, done.errors
-        assert 'qemu-io other "aio_read' in done.errors
+        assert 'sending: qemu-io other "aio_read' in done.errors
         assert not lost.still_lost()
 
 
@@ -220,6 +270,43 @@ def test_a_disk_of_blockdev_has_only_its_device(tmp_path: Path) -> None:
         done = by_monitor(qemu)
         assert done.status == 0, done.errors
         assert "qemu-io -d /machine/peripheral/vda/virtio-backend" in done.errors
+        assert not lost.still_lost()
+
+
+VIRSH = """#!{python}
+import json, socket, sys
+command, domain, message = sys.argv[1:]
+assert (command, domain) == ("qemu-monitor-command", "web 1")
+with socket.socket(socket.AF_UNIX) as monitor:
+    monitor.connect("{socket}")
+    answers = monitor.makefile("rw")
+    answers.readline()
+    for line in ('{{"execute": "qmp_capabilities"}}', message):
+        answers.write(line)
+        answers.flush()
+        answer = answers.readline()
+    print(answer)
+"""
+
+
+def test_through_libvirt(tmp_path: Path) -> None:
+    """virsh as libvirt has it: it speaks to the same real QEMU, whose socket it holds."""
+    with paused(extra=["-name", "guest=web 1,debug-threads=on", *WITNESS]) as qemu:
+        program = tmp_path / "virsh"
+        program.write_text(VIRSH.format(python=sys.executable, socket=qemu.spare_monitor))
+        program.chmod(0o755)
+        environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+        lost = faults.lose(qemu, "d0", "write")
+        done = nudge(qemu.pid, "--via", "virsh", "--domain", "other", environment=environment)
+        assert done.status == 1
+        assert "is domain web 1, not other" in done.errors
+        done = nudge(qemu.pid, "--via", "virsh", environment={**os.environ, "PATH": "/nowhere"})
+        assert done.status == 1
+        assert "libvirt-clients" in done.errors
+        assert lost.still_lost()
+        done = nudge(qemu.pid, "--via", "virsh", environment=environment)
+        assert done.status == 0, done.errors
+        assert "virsh qemu-monitor-command 'web 1' --hmp 'qemu-io d0" in done.errors
         assert not lost.still_lost()
 
 
@@ -330,6 +417,10 @@ KILLED = """
 import os, signal, sys
 from tracer import inject
 from tracer.build import read_build
+from tracer.lab.storage import Storage, storage
+from tracer.layout import RequestState
+from tracer.looking import Looker
+from tracer.memory import LiveMemory
 from tracer.nudge import Nudge
 from tracer.target import open_target
 
