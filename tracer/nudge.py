@@ -16,7 +16,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-from tracer import audit, inject
+from tracer import audit, inject, qcow2
 from tracer.build import Build, load
 from tracer.errors import AioTraceError, CommandRefused, InjectionRefused, MonitorError, NudgeRefused
 from tracer.events import Nudged
@@ -29,7 +29,7 @@ from tracer.verdict import LOOP_BLOCKED, LOOP_BUSY, LOST_KICK, LOST_WAKEUP, STOP
 
 #: Not aligned to any sector: QEMU reads the sector around it into a buffer of its own, by the thread pool
 #: also where aio=native or io_uring would take an aligned read past it. -q: nothing in QEMU's log.
-READS = ("aio_read -q 1 510",)
+READ = "aio_read -q {} 510"
 #: How long a request may take to go on after something was done for it; seconds.
 PATIENCE_S = 3.0
 #: query-status cures a lost kick of the main loop at once, or not at all; seconds.
@@ -47,6 +47,11 @@ WHY_READ = (
 )
 
 WIDTH = 77
+WHY_NOT_FREED = (
+    "not freed: no read came through. What was lost may be a qcow2 image's own metadata, for which all that uses the\n"
+    "image waits. {} frees it."
+)
+
 HELP = {
     STOPPED: "kill -CONT {pid}, or end the debugger",
     LOOP_BLOCKED: "end what the loop waits for; see the explanation",
@@ -60,7 +65,8 @@ class Drive:
     """A disk as query-block tells it: how qemu-io addresses it, and the files behind it."""
 
     argument: str
-    files: tuple[str, ...]
+    files: tuple[str, ...]  # its own first, then those of its backing chain
+    format: str | None = None
 
 
 @dataclass(frozen=True)
@@ -158,17 +164,15 @@ class Nudge:
             raise MonitorError("the monitor knows no disk that could be read", force_hint(self.target))
         refused = None
         for drive in chosen:
-            for read in READS:
-                line = f'qemu-io {drive.argument} "{read}"'
-                self._announce(monitor.spelled(line), WHY_READ)
-                sent.append(line)
-                refused = self._send(monitor, line)
-                if refused is None and self._gone([stuck], self._settings.patience_s):
-                    return
-                if not self._still(stuck):
-                    return
+            line = f'qemu-io {drive.argument} "{READ.format(self._offset(drive))}"'
+            self._announce(monitor.spelled(line), WHY_READ)
+            sent.append(line)
+            refused = self._send(monitor, line)
+            if self._gone([stuck], 0 if refused else self._settings.patience_s):
+                return
         if refused is not None:
             raise refused
+        self._say(WHY_NOT_FREED.format(force_hint(self.target)))
 
     def _send(self, monitor: Monitor, line: str) -> CommandRefused | None:
         """What the human monitor has to say against it, or None."""
@@ -191,14 +195,23 @@ class Nudge:
         )
 
     def _behind(self, stuck: Stuck, drives: Sequence[Drive]) -> list[Drive]:
-        """The drives on the lost request's own file; where that is none of them, all."""
+        """All drives, those on the lost request's own file first.
+
+        The others are for a lost write of a qcow2 image's metadata: the image is locked meanwhile, and a read of
+        it waits, too. Their pool may be another one; then their reads are harmless and of no use.
+        """
         identity = _identity(f"/proc/{self.target.pid}/fd/{stuck.finding.operation.fd}")
-        exact = [
-            drive
-            for drive in drives
-            if identity and any(_identity(self._path(file)) == identity for file in drive.files)
-        ]
-        return exact or list(drives)
+
+        def is_another(drive: Drive) -> bool:
+            return identity is None or all(_identity(self._path(file)) != identity for file in drive.files)
+
+        return sorted(drives, key=is_another)
+
+    def _offset(self, drive: Drive) -> int:
+        """Where the drive has data: for what a qcow2 image does not hold, QEMU asks no pool."""
+        if drive.format == "qcow2":
+            return (qcow2.first_data(self._path(drive.files[0])) or 0) + 1 if drive.files else 1
+        return 1
 
     def _path(self, file: str) -> str:
         """A file of the process as seen from here; it may be in a container."""
@@ -379,7 +392,8 @@ def drives_of(answer: Any) -> list[Drive]:
             argument = f"-d {entry['qdev']}"
         else:
             continue
-        drives.append(Drive(argument, tuple(_files(inserted.get("image") or {}, inserted.get("file")))))
+        files = tuple(_files(inserted.get("image") or {}, inserted.get("file")))
+        drives.append(Drive(argument, files, inserted.get("drv")))
     return drives
 
 

@@ -31,7 +31,7 @@ STAGES: tuple[tuple[str, ...], ...] = (
     ("tracer.probes", "tracer.verdict"),
     ("tracer.events",),
     ("tracer.figures", "tracer.looking", "tracer.sampling", "tracer.report"),
-    ("tracer.qmp", "tracer.inject", "tracer.audit", "tracer.survey"),
+    ("tracer.qmp", "tracer.inject", "tracer.audit", "tracer.survey", "tracer.qcow2"),
     ("tracer.nudge",),
     ("tracer.nudger",),
     ("tracer.watch",),
