@@ -83,7 +83,10 @@ class Call:
 
 @dataclass(frozen=True)
 class Pause:
-    """What the call cost: for how long the thread stood still; seconds."""
+    """What the call cost: for how long the thread stood still; seconds.
+
+    Not counted is the time that it took, asleep until then, to get a processor to stop on.
+    """
 
     tid: int
     seconds: float
@@ -235,7 +238,7 @@ class _Stopped:
     def __init__(self, target: Target, tid: int) -> None:
         self._target = target
         self._tid = tid
-        self._began = 0.0
+        self._stood = 0.0
         self._signal = 0
         self.still = False
         self.pause_s = 0.0
@@ -243,7 +246,6 @@ class _Stopped:
     def __enter__(self) -> _Stopped:
         self._ptrace(PTRACE_SEIZE)
         try:
-            self._began = time.monotonic()
             self._ptrace(PTRACE_INTERRUPT)
             self._wait()
         except BaseException:
@@ -258,7 +260,7 @@ class _Stopped:
         # A thread that does not stand cannot be let go; it is let go when we end.
         with suppress(InjectionRefused):
             self._ptrace(PTRACE_DETACH, data=self._signal)
-        self.pause_s = time.monotonic() - self._began
+        self.pause_s = time.monotonic() - self._stood
 
     def _wait(self) -> None:
         """Wait until it stands. If a signal came first it is handed on, and `still` stays False."""
@@ -268,6 +270,7 @@ class _Stopped:
             if not pid:
                 time.sleep(POLL_S)  # it needs a processor to stop on, which may be ours
                 continue
+            self._stood = time.monotonic()
             if not os.WIFSTOPPED(status):
                 raise InjectionRefused(f"thread {self._tid} ended")
             if status >> 16 != PTRACE_EVENT_STOP:

@@ -18,12 +18,14 @@ from tracer.looking import Finding, Looker
 from tracer.memory import LiveMemory
 from tracer.pools import Pool, PoolReader, Request
 from tracer.target import Target
-from tracer.verdict import LOST_KICK, LOST_WAKEUP, STOPPED, Verdict, judge
+from tracer.verdict import LOOP_BUSY, LOST_KICK, LOST_WAKEUP, STOPPED, UNKNOWN, Verdict, judge
 
 ECANCELED = 125
 APART_S = 0.1
 #: Between the two groups of looks the requests are checked this often; seconds.
 CHECK_S = 0.005
+#: How often to look where the looks do not agree.
+ATTEMPTS = 6
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,12 @@ class Stuck:
     def curable(self) -> bool:
         """Whether a nudge is for this."""
         return self.verdict.cause in (LOST_WAKEUP, LOST_KICK)
+
+    @property
+    def unsettled(self) -> bool:
+        """Whether the loop was on its way at a look, and nobody had told it to come."""
+        told = any(look.scheduled is not False for look in self.finding.facts.looks)
+        return self.verdict.cause in (UNKNOWN, LOOP_BUSY) and not told
 
 
 @dataclass(frozen=True)
@@ -57,7 +65,18 @@ class Survey:
 
 
 def survey(target: Target, memory: LiveMemory, loaded: Loaded, looker: Looker) -> Survey:
-    """Look now, and again after 100 ms; what went on in between is not stuck."""
+    """Look now, and again after 100 ms; what went on in between is not stuck.
+
+    A loop that was caught while it came round says nothing yet: then all is looked at once more.
+    """
+    for _ in range(ATTEMPTS - 1):
+        seen = _survey(target, memory, loaded, looker)
+        if not any(each.unsettled for each in seen.stuck):
+            return seen
+    return _survey(target, memory, loaded, looker)
+
+
+def _survey(target: Target, memory: LiveMemory, loaded: Loaded, looker: Looker) -> Survey:
     reader = loaded.reader
     pools = reader.find(memory.chunks(memory.heap_regions()))
     held = [(pool, request) for pool in pools for request in reader.requests(pool).requests]
@@ -108,4 +127,4 @@ def _judged(pool: Pool, request: Request, first: Finding | None, looker: Looker,
     if before.cause == after.cause or after.cause == STOPPED:
         return Stuck(request, pool, second, after)
     unsure = f"Two looks {APART_S * 1000:.0f} ms apart disagree: {before.cause}, then {after.cause}."
-    return Stuck(request, pool, second, Verdict("unknown", unsure))
+    return Stuck(request, pool, second, Verdict(UNKNOWN, unsure))
