@@ -171,6 +171,12 @@ CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
     metavar="CMD",
     help="Run this shell command at each alert (AIO_TRACE_CAUSE, AIO_TRACE_PID, …).",
 )
+@click.option(
+    "--nudge",
+    "nudge_socket",
+    metavar="SOCKET",
+    help="Free a lost completion at its alert, through this QMP socket of the one --pid.",
+)
 @click.option("--json", "as_json", is_flag=True, help="One JSON object a line on standard output.")
 @click.option("-v", "--verbose", is_flag=True, help="Say more.")
 @click.version_option(__version__, prog_name="aio-trace", message="%(prog)s %(version)s")
@@ -185,6 +191,7 @@ def aio_trace(
     duration: float | None,
     mode: str,
     on_alert: str | None,
+    nudge_socket: str | None,
     as_json: bool,
     verbose: bool,
 ) -> None:
@@ -200,10 +207,12 @@ def aio_trace(
         return
     if not pids and not everything:
         raise click.UsageError("Which QEMU? Give --pid PID, or --all.")
+    if nudge_socket and (everything or len(set(pids)) != 1):
+        raise click.UsageError("--nudge SOCKET is the monitor of one process; give exactly one --pid.")
     from tracer.session import Options
     from tracer.watch import Settings
 
-    options = Options(Settings(deadline, slow, mode), interval, duration or 0.0, on_alert)
+    options = Options(Settings(deadline, slow, mode), interval, duration or 0.0, on_alert, nudge_socket)
     ctx.exit(_trace(pids, everything, options, as_json, verbose))
 
 
@@ -371,9 +380,10 @@ def _write_diagnosis(streams: Streams, found: Diagnosis, as_json: bool, verbose:
 
 
 @aio_trace.command()
+@click.option("--drain", is_flag=True, help="Then lose one more, with a dead monitor, and free it by --force.")
 @click.option("-v", "--verbose", is_flag=True, help="Say more.")
-def demo(verbose: bool) -> int:
-    """Boot a small guest, lose one of its completions, and show what aio-trace says.
+def demo(drain: bool, verbose: bool) -> int:
+    """Boot a small guest, lose one of its completions, show what aio-trace says, and free it.
 
     Acts on its own throw-away guest only; needs root, qemu-system-x86 and busybox-static.
     """
@@ -385,7 +395,7 @@ def demo(verbose: bool) -> int:
         signal.signal(number, _interrupt)
     signal.signal(signal.SIGPIPE, signal.SIG_IGN)
     try:
-        Demo(TableWriter(streams.out, streams.progress, verbose=verbose).write, streams.progress).run()
+        Demo(TableWriter(streams.out, streams.progress, verbose=verbose).write, streams.progress, drain).run()
     except Interrupted:
         streams.progress("interrupted; the demo's guest is gone, nothing is left behind")
     except BrokenPipeError:
@@ -427,6 +437,122 @@ def check(pid: int | None, exe: str | None, locate: str | None, as_json: bool) -
         return error.status
     _close_quietly(streams.out)
     return EXIT_OK
+
+
+@aio_trace.command()
+@click.option("--pid", type=click.IntRange(min=1), required=True, metavar="PID", help="The QEMU whose guest hangs.")
+@click.option("--qmp", "socket_path", metavar="SOCKET", help="The UNIX socket of its QMP monitor.")
+@click.option("--via", type=click.Choice(["virsh"]), help="Ask through libvirt, which holds the socket.")
+@click.option("--domain", metavar="NAME", help="libvirt's name of it, where that is to be checked.")
+@click.option("--force", is_flag=True, help="If the monitor does not free it: one call inside QEMU.")
+@click.option("--yes", is_flag=True, help="Do not ask before --force.")
+@click.option(
+    "--timeout", type=Duration(), default="5s", show_default=True, help="How long to wait for each of its answers."
+)
+@click.option("--json", "as_json", is_flag=True, help="One JSON object a request on standard output.")
+@click.option("-v", "--verbose", is_flag=True, help="Say more.")
+def nudge(
+    pid: int,
+    socket_path: str | None,
+    via: str | None,
+    domain: str | None,
+    force: bool,
+    yes: bool,
+    timeout: float,
+    as_json: bool,
+    verbose: bool,
+) -> int:
+    """Free a guest that hangs on a lost completion, and say whether it worked.
+
+    \b
+    sudo aio-trace nudge --pid PID --qmp SOCKET
+
+    Looks first; where nothing is lost, nothing is sent. Through the monitor it sends two questions and one
+    tiny read. --force is for a monitor that is dead, too. Exit status: 0 freed, 1 could not do it or not for
+    this, 2 usage, 3 not freed.
+    """
+    if not (socket_path or via or force):
+        raise click.UsageError("How? Give --qmp SOCKET, --via virsh, or --force.")
+    if socket_path and via:
+        raise click.UsageError("--qmp and --via exclude each other.")
+    if domain and not via:
+        raise click.UsageError("--domain goes with --via virsh.")
+    if force and not yes and not sys.stdin.isatty():
+        raise click.UsageError("--force asks before it acts, and nobody can answer here; give --yes as well.")
+    streams = Streams()
+    try:
+        events = _nudged(pid, socket_path, via, domain, force, yes, timeout, streams)
+        _write_all(events, streams, as_json, verbose)
+    except BrokenPipeError:
+        return EXIT_FAILED
+    except (KeyboardInterrupt, click.Abort):
+        streams.progress("not done")
+        return EXIT_FAILED
+    except AioTraceError as error:
+        _report(error, streams, as_json, pid, verbose)
+        return error.status
+    _close_quietly(streams.out)
+    return EXIT_OK if all(event.freed for event in events) else EXIT_ALERT
+
+
+def _nudged(
+    pid: int,
+    socket_path: str | None,
+    via: str | None,
+    domain: str | None,
+    force: bool,
+    yes: bool,
+    timeout: float,
+    streams: Streams,
+) -> list[Any]:
+    """Look, then by monitor, then by force; what came of it, one event a request."""
+    from tracer.build import read_build
+    from tracer.nudge import Nudge
+    from tracer.qmp import Monitor, SocketMonitor, VirshMonitor
+    from tracer.report import wrapped
+    from tracer.target import open_target
+
+    target = open_target(pid)
+    nudger = Nudge(target, read_build(target.image_path, f"process {pid} ({target.exe})"), streams.progress)
+    events: list[Any] = []
+    try:
+        seen = nudger.diagnose()
+        for stuck in seen.curable:
+            streams.progress(f"{stuck.verdict.cause}: request {stuck.request.address:#x}")
+            streams.progress(wrapped(stuck.verdict.explanation))
+        if socket_path or via:
+            try:
+                monitor: Monitor = (
+                    SocketMonitor(target, socket_path, timeout)
+                    if socket_path
+                    else VirshMonitor(target, domain, timeout)
+                )
+                try:
+                    events = nudger.by_monitor(seen, monitor)
+                finally:
+                    monitor.close()
+            except AioTraceError as error:
+                if not force:
+                    raise
+                streams.progress(f"by monitor: {error.message}")
+            if events and all(event.freed for event in events):
+                return events
+        if force:
+            streams.progress(nudger.plan_force(seen))
+            if not yes:
+                click.confirm("Do it?", abort=True, err=True)
+            events = nudger.force(nudger.diagnose())
+        return events
+    finally:
+        nudger.close()
+
+
+def _write_all(events: Sequence[Event], streams: Streams, as_json: bool, verbose: bool) -> None:
+    from tracer.report import JsonWriter, TableWriter, Writer
+
+    writer: Writer = JsonWriter(streams.out) if as_json else TableWriter(streams.out, streams.progress, verbose=verbose)
+    for event in events:
+        _checked(writer.write)(event)
 
 
 def _checked(write: Callable[[Event], None]) -> Callable[[Event], None]:

@@ -98,5 +98,29 @@ class ToolMissing(HostError):
     """A program that this command needs is not installed."""
 
 
+class MonitorError(AioTraceError):
+    """QEMU's monitor could not be used; nothing but what was said before was sent."""
+
+
+class MonitorBusy(MonitorError):
+    """Somebody else, usually libvirt, holds the monitor's socket."""
+
+
+class MonitorDead(MonitorError):
+    """The monitor does not answer: the main loop does not come round."""
+
+
+class CommandRefused(MonitorError):
+    """The monitor answered a command with an error."""
+
+
+class NudgeRefused(AioTraceError):
+    """There is nothing that a nudge is for, or nothing that it could do; nothing was done."""
+
+
+class InjectionRefused(NudgeRefused):
+    """The call could not safely be made inside the process; it was not made."""
+
+
 class LabError(AioTraceError):
     """The lab could not start, fault or free its own throw-away QEMU."""

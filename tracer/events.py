@@ -134,6 +134,18 @@ class Resolved(Event):
 
 
 @dataclass(frozen=True)
+class Nudged(Event):
+    """A lost completion that something was done for; `freed` is what memory showed afterwards."""
+
+    request: int
+    pool: int
+    cause: str
+    command: str
+    freed: bool
+    pause_ms: float | None = None  # for how long a thread stood still; None by monitor
+
+
+@dataclass(frozen=True)
 class TargetEnded(Event):
     """The process is gone."""
 

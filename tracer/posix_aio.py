@@ -23,6 +23,7 @@ OPERATIONS = {
     0x08: "flush",
     0x10: "discard",
     0x20: "write-zeroes",
+    0x30: "write-zeroes",  # that may unmap
     0x40: "copy-range",
     0x80: "truncate",
 }

@@ -22,6 +22,7 @@ from tracer.events import (
     Event,
     Failure,
     Latency,
+    Nudged,
     PoolInfo,
     Resolved,
     TargetEnded,
@@ -38,8 +39,8 @@ STAGE_TITLES = {
 
 
 ADVICE_LOST_WAKEUP = (
-    "Any new request in the same pool frees it. Until then avoid what drains (stop, dump, snapshot, shutdown): "
-    "QEMU's monitor would hang, too."
+    "Any new request in the same pool frees it, or the line below. Until then avoid what drains (stop, dump, "
+    "snapshot, shutdown): QEMU's monitor would hang, too."
 )
 WIDTH = 79
 
@@ -100,6 +101,8 @@ def _body(event: Event) -> tuple[str, dict[str, Any]]:
     if isinstance(event, Resolved):
         after = round(event.after_s, 6)
         return "resolved", {"request": as_hex(event.request), "pool": as_hex(event.pool), "after_s": after}
+    if isinstance(event, Nudged):
+        return "nudge", _nudged_body(event)
     if isinstance(event, Failure):
         return "error", {"message": event.message, "hint": event.hint}
     if isinstance(event, Checked):
@@ -130,6 +133,17 @@ def _attached_body(event: Attached) -> dict[str, Any]:
         "in_flight": event.in_flight,
         "startup_s": round(event.startup_s, 3),
         "notes": list(event.notes),
+    }
+
+
+def _nudged_body(event: Nudged) -> dict[str, Any]:
+    return {
+        "request": as_hex(event.request),
+        "pool": as_hex(event.pool),
+        "cause": event.cause,
+        "command": event.command,
+        "freed": event.freed,
+        "pause_ms": None if event.pause_ms is None else round(event.pause_ms, 3),
     }
 
 
@@ -283,6 +297,8 @@ class TableWriter:
             self._print(self._resolved(event))
         elif isinstance(event, Checked):
             self._print(checked_text(event))
+        elif isinstance(event, Nudged):
+            self._print(self._nudged(event))
         elif isinstance(event, TargetEnded):
             self._progress(f"{self._of(event)}{event.reason}")
         elif isinstance(event, Failure):
@@ -378,6 +394,7 @@ class TableWriter:
             lines.append("  It was there when aio-trace came: it may have been late for long.")
         if event.cause == LOST_WAKEUP:
             lines.append(wrapped(ADVICE_LOST_WAKEUP))
+            lines.append(f"  sudo aio-trace nudge --pid {event.pid} --qmp SOCKET")
         self._print("\n".join(lines))
 
     def _what(self, event: Alert) -> str:
@@ -386,6 +403,13 @@ class TableWriter:
         if event.bytes is not None and event.offset is not None:
             extent = f" ({size(event.bytes)} at {event.offset})"
         return f"{event.kind or 'request'}{place}{extent}"
+
+    def _nudged(self, event: Nudged) -> str:
+        outcome = "went on: it is free" if event.freed else "is still stuck: NOT freed"
+        text = f"{self._when(event)}nudge: request {event.request:#x} ({event.cause}) {outcome}"
+        if event.pause_ms is not None:
+            text += f"\n  its thread stood still for {event.pause_ms:.2f} ms"
+        return text
 
     def _resolved(self, event: Resolved) -> str:
         self._alike = None

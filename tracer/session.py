@@ -17,7 +17,8 @@ from dataclasses import dataclass
 from tracer import probes
 from tracer.build import Build, read_build
 from tracer.errors import AioTraceError, HostError, NoSuchProcess, NotQemu, SitesNotFound, TargetExited
-from tracer.events import Alert, Event, Failure
+from tracer.events import Alert, Event, Failure, Resolved
+from tracer.nudger import Nudger
 from tracer.target import Target, open_target, qemu_hint
 from tracer.watch import Settings, Watch
 
@@ -46,6 +47,7 @@ class Options:
     interval_s: float = 5.0
     duration_s: float = 0.0
     on_alert: str | None = None
+    nudge: str | None = None  # the QMP socket of the only process
 
 
 class Session:
@@ -69,6 +71,7 @@ class Session:
         self._watches: dict[int, Watch] = {}
         self._builds: dict[tuple[int, int], Build] = {}
         self._children: list[subprocess.Popen[bytes]] = []
+        self._nudger: Nudger | None = None
         self.alerts = 0
         self.failures = 0
 
@@ -132,6 +135,8 @@ class Session:
             return None
         watch = Watch(target, build, self._options.settings, self._emit)
         try:
+            if self._options.nudge:
+                self._nudger = Nudger(target, build, self._options.nudge, self._progress)
             watch.attach(started)
         except BaseException:
             watch.close()
@@ -160,6 +165,10 @@ class Session:
             self.alerts += 1
             if self._options.on_alert:
                 self._run_command(self._options.on_alert, event)
+            if self._nudger:
+                self._nudger.ask(event)
+        elif isinstance(event, Resolved) and self._nudger:
+            self._nudger.went_on(event.request)
         self._emit_to(event)
 
     def _run_command(self, command: str, alert: Alert) -> None:
@@ -199,7 +208,12 @@ class Session:
                 next_table += interval * max(1, -(-(now - next_table) // interval))
             due = min([end, next_table, *(watch.next_scan for watch in self._watches.values())])
             self._wait(min(due - time.monotonic(), FOREVER_S))
+            self._collect_nudges()
             self._children = [child for child in self._children if child.poll() is None]
+
+    def _collect_nudges(self) -> None:
+        for event in self._nudger.collect() if self._nudger else ():
+            self._emit(event)
 
     def _scan(self, fd: int, watch: Watch) -> None:
         try:
@@ -213,6 +227,8 @@ class Session:
         poller.register(self._stop.fd, select.POLLIN)
         for fd in self._watches:
             poller.register(fd, select.POLLIN)
+        if self._nudger is not None:
+            poller.register(self._nudger.fd, select.POLLIN)
         if self._out_fd is not None:
             poller.register(self._out_fd, 0)
         for fd, _mask in poller.poll(max(0.0, timeout_s) * 1000):
@@ -233,6 +249,7 @@ class Session:
     def _end(self) -> None:
         """Summaries, then nothing left attached whatever happens."""
         try:
+            self._end_nudges()
             for watch in self._watches.values():
                 watch.counts(final=True)
         finally:
@@ -240,6 +257,12 @@ class Session:
                 watch.close()
                 os.close(fd)
             self._watches.clear()
+
+    def _end_nudges(self) -> None:
+        if self._nudger is not None:
+            self._nudger.close()
+            self._collect_nudges()
+            self._nudger = None
 
 
 def _explained(target: Target, error: AioTraceError | OSError) -> AioTraceError:

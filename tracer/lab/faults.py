@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 from uuid import uuid4
 
 from tracer.build import load, read_build
@@ -24,7 +25,7 @@ from tracer.lab.process import continue_process, peek, poke, stop_process
 from tracer.lab.qemu import MIB, Qemu
 from tracer.layout import Layout, RequestState
 from tracer.live import LiveView
-from tracer.target import Target, open_target
+from tracer.target import Target, Thread, open_target
 
 MAX_REQUESTS = 4096
 NO_MEMORY = 1 << 40  # a guest-physical address with nothing behind it: as slow anywhere
@@ -258,6 +259,46 @@ def _set_flags(qemu: Qemu, pool: PoolHandle, value: int) -> None:
 
 def _word(qemu: Qemu, address: int, size: int) -> int:
     return int.from_bytes(peek(qemu.pid, address, size), "little")
+
+
+# A monitor that hangs in a drain
+
+
+@dataclass(frozen=True)
+class Stopping:
+    """A QMP `stop` under way, which drains all disks first."""
+
+    answers: IO[str]
+
+    def wait(self) -> None:
+        """Until it is answered; LabError if it fails or the monitor stays silent."""
+        try:
+            for line in self.answers:
+                reply = json.loads(line)
+                if "return" in reply:
+                    return
+                if "error" in reply:
+                    raise LabError(f"stop failed: {reply['error']}")
+        except OSError as error:
+            raise LabError(f"stop was not answered: {error}") from error
+        raise LabError("stop was not answered: the monitor is gone")
+
+
+@contextlib.contextmanager
+def stopping(qemu: Qemu) -> Iterator[Stopping]:
+    """Send `stop` and do not wait: with a lost completion it never ends, nor does any monitor answer again."""
+    target = open_target(qemu.pid)
+    with _raw_monitor(qemu, timeout=30.0) as monitor:
+        before = target.thread(qemu.pid)
+        monitor.sendall(_qmp_line("stop", {}))
+        qemu.wait_until(lambda: _went_to_sleep_again(target, before), what="stop to wait")
+        with monitor.makefile("r") as answers:
+            yield Stopping(answers)
+
+
+def _went_to_sleep_again(target: Target, before: Thread | None) -> bool:
+    now = target.thread(target.pid)
+    return bool(now and before and now.syscall and (now.switches or 0) > (before.switches or 0))
 
 
 # A stopped process

@@ -33,6 +33,8 @@ KERNEL_PACKAGE = "linux-image-cloud-amd64"
 BUSYBOX_PACKAGE = "busybox-static"
 MODULES = ("virtio_pci", "virtio_blk")
 OPERATIONS = ("write", "verify", "flush", "read", "discard")
+#: Reads back every block that was written and not discarded since, and compares checksums: slow.
+RECHECK = "recheck"
 
 _PROGRESS = re.compile(r"^lab: job (\d+) did (\d+)\r?$", re.MULTILINE)
 _DEPENDS = re.compile(rb"\0depends=([^\0]*)\0")  # in a module's .modinfo
@@ -54,10 +56,18 @@ one() { # operation, block, job
     case $1 in
     write)
         dd if=/dev/urandom of=/tmp/data$3 bs=$lab_size count=1 2>/dev/null
+        md5sum </tmp/data$3 >/tmp/sum$3.$2
         dd if=/tmp/data$3 of=/dev/vda bs=$lab_size count=1 seek=$2 oflag=direct conv=notrunc 2>/dev/null ;;
     read) dd if=/dev/vda of=/dev/null bs=$lab_size count=1 skip=$2 iflag=direct 2>/dev/null ;;
     flush) dd if=/dev/null of=/dev/vda bs=512 count=0 conv=notrunc,fsync 2>/dev/null ;;
-    discard) blkdiscard -o $(($2 * lab_size)) -l $lab_size /dev/vda ;;
+    recheck)
+        different=0
+        for sum in /tmp/sum$3.*; do
+            dd if=/dev/vda bs=$lab_size count=1 skip=${sum##*.} iflag=direct 2>/dev/null >/tmp/back$3
+            md5sum </tmp/back$3 | cmp - $sum || different=1
+        done
+        [ $different = 0 ] ;;
+    discard) rm -f /tmp/sum$3.$2; blkdiscard -o $(($2 * lab_size)) -l $lab_size /dev/vda ;;
     verify)
         dd if=/dev/vda of=/tmp/back$3 bs=$lab_size count=1 skip=$2 iflag=direct 2>/dev/null
         cmp /tmp/data$3 /tmp/back$3 ;;
@@ -232,7 +242,7 @@ class Workload:
 
     def options(self) -> str:
         """The same for the kernel's command line."""
-        if unknown := set(self.mix) - set(OPERATIONS):
+        if unknown := set(self.mix) - {*OPERATIONS, RECHECK}:
             raise LabError(f"the guest does not know how to {', '.join(sorted(unknown))}")
         values = {"mix": ",".join(self.mix), "pause": f"{self.pause:g}", "size": self.size}
         values |= {"blocks": self.blocks, "jobs": self.jobs}

@@ -1,0 +1,491 @@
+"""`aio-trace nudge`: what it frees, what it refuses, what it sends, on real QEMUs."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.qemu.nudging import ROOT, WITNESS, by_force, by_monitor, commands, nudge
+from tests.qemu.nudging import Nudge as Run
+from tests.qemu.tracing import traced
+from tracer.build import read_build
+from tracer.errors import NudgeRefused
+from tracer.lab import faults
+from tracer.lab.guest import RECHECK, Guest, Workload, guest
+from tracer.lab.kicks import lose_kick
+from tracer.lab.qemu import Drive, Qemu, TraceCounts, paused
+from tracer.lab.storage import storage
+from tracer.nudge import Nudge
+from tracer.target import open_target
+
+#: How often each way frees a lost completion in these tests; 100 for the long form.
+ROUNDS = int(os.environ.get("AIO_TRACE_NUDGE_ROUNDS", "2"))
+REFUSALS = int(os.environ.get("AIO_TRACE_NUDGE_REFUSALS", "50"))
+LONG = pytest.mark.timeout(120 + 10 * ROUNDS + REFUSALS)
+MOST_PAUSE_MS = 200
+
+
+@pytest.fixture(params=["main loop", "iothread"])
+def watched(request: pytest.FixtureRequest) -> Iterator[Qemu]:
+    """A QEMU whose trace log also says what its monitors were sent; d0 in the main loop, then in an iothread."""
+    with paused(iothread=request.param == "iothread", extra=WITNESS) as qemu:
+        yield qemu
+
+
+# What it frees
+
+
+@LONG
+def test_by_monitor(watched: Qemu) -> None:
+    pool = faults.pool_of(watched, "d0")
+    for _ in range(ROUNDS):
+        lost = faults.lose(watched, "d0", "write", pool)
+        before, sent = watched.trace_counts(), len(commands(watched))
+        done = by_monitor(watched)
+        assert done.status == 0, done.errors
+        assert not lost.still_lost()
+        (event,) = done.nudges
+        assert event["request"] == hex(lost.request)
+        assert event["cause"] == "lost-wakeup"
+        assert event["freed"] is True
+        # QEMU's own trace: one request, and no other command than those announced.
+        watched.wait_until(lambda expected=before.submitted + 1: watched.trace_counts().completed == expected)
+        assert watched.trace_counts().submitted == before.submitted + 1
+        names = [json.loads(line)["execute"] for line in commands(watched)[sent:] if line.startswith("{")]
+        assert names == ["qmp_capabilities", "query-status", "query-block", "human-monitor-command"]
+        assert "query-status" in done.errors
+        assert 'qemu-io d0 "aio_read -q 1 510"' in done.errors
+
+
+@LONG
+def test_by_force(watched: Qemu) -> None:
+    pool = faults.pool_of(watched, "d0")
+    for _ in range(ROUNDS):
+        lost = faults.lose(watched, "d0", "write", pool)
+        before, sent = watched.trace_counts(), commands(watched)
+        done = by_force(watched)
+        assert done.status == 0, done.errors
+        assert not lost.still_lost()
+        (event,) = done.nudges
+        assert (event["request"], event["freed"]) == (hex(lost.request), True)
+        assert 0 < event["pause_ms"] < MOST_PAUSE_MS
+        watched.wait_until(lambda expected=before.submitted: watched.trace_counts().completed == expected)
+        assert watched.trace_counts().submitted == before.submitted
+        assert commands(watched) == sent
+    watched.request("d0", "write")
+
+
+def _free_guest(machine: Guest, way: Callable[[Qemu], Run], metadata: bool) -> None:
+    """Lose the guest's own requests, free them, and see it go on, with all that it ever wrote as it was."""
+    faults.lose_guest_io(machine)
+    stands_at = machine.progress()
+    done = way(machine)
+    if done.status == 3 and metadata and way is by_monitor:  # see test_lost_metadata_of_qcow2
+        done = by_force(machine)
+    assert done.status == 0, done.errors
+    assert all(event["freed"] for event in done.nudges)
+    assert machine.wait_progress(3) >= stands_at + 3
+
+
+@pytest.mark.usefixtures("guest_files")
+@pytest.mark.parametrize(("image_format", "iothread"), [("qcow2", None), ("raw", "io0")])
+@LONG
+def test_a_guest_goes_on_and_loses_nothing(image_format: str, iothread: str | None, tmp_path: Path) -> None:
+    image = tmp_path / "disk"
+    subprocess.run(["qemu-img", "create", "-q", "-f", image_format, str(image), "64M"], check=True)
+    workload = Workload(mix=("write", "verify", "flush", "read", RECHECK), pause=0, blocks=4)
+    with guest(workload, Drive(format=image_format, iothread=iothread, file=image)) as machine:
+        for way in (by_monitor, by_force):
+            for _ in range(max(1, ROUNDS // 3)):
+                _free_guest(machine, way, image_format == "qcow2")
+        assert machine.failures() == []
+        counts = machine.trace_counts()
+        assert counts.submitted - counts.completed <= 1
+        if image_format == "raw":  # and the guest would have seen it: spoil what it wrote
+            image.write_bytes(bytes(64 << 20))
+            machine.wait_until(machine.failures, what="the guest to see spoiled data")
+    if image_format == "qcow2":
+        check = subprocess.run(["qemu-img", "check", str(image)], capture_output=True, text=True, check=False)
+        assert check.returncode == 0, check.stdout
+
+
+@pytest.mark.parametrize("iothread", [None, "io0"])
+def test_a_lost_kick_needs_a_question_only(iothread: str | None) -> None:
+    with storage() as slow, paused([slow.drive(iothread=iothread)], extra=WITNESS) as qemu:
+        request = lose_kick(qemu, slow, faults.pool_of(qemu, "d0")).request
+        before, sent = qemu.trace_counts(), len(commands(qemu))
+        assert by_force(qemu).status == 1
+        done = by_monitor(qemu)
+        assert done.status == 0, done.errors
+        (event,) = done.nudges
+        assert (event["request"], event["cause"], event["freed"]) == (hex(request), "lost-kick", True)
+        names = [json.loads(line)["execute"] for line in commands(qemu)[sent:] if line.startswith("{")]
+        ring = ["query-iothreads", "qom-set"] if iothread else []
+        assert names == ["qmp_capabilities", "query-status", "query-block", *ring]
+        assert qemu.trace_counts() == TraceCounts(before.submitted, before.submitted)
+
+
+def test_a_dead_monitor_is_freed_by_force(paused_qemu: Qemu) -> None:
+    lost = faults.lose(paused_qemu, "d0", "flush")
+    with faults.stopping(paused_qemu) as stop:
+        done = by_monitor(paused_qemu, "--timeout", "1s")
+        assert done.status == 1
+        assert "does not answer within 1 s" in done.errors
+        assert "--force" in done.errors
+        assert lost.still_lost()
+        done = by_force(paused_qemu)
+        assert done.status == 0, done.errors
+        assert done.nudges[0]["freed"] is True
+        stop.wait()
+    counts = paused_qemu.trace_counts()
+    assert paused_qemu.qmp("query-status")["running"] is False
+    assert counts == TraceCounts(counts.submitted, counts.submitted)
+
+
+def test_the_main_job_nudges_once(watched: Qemu) -> None:
+    options = ("--deadline", "200ms", "--nudge", str(watched.spare_monitor))
+    pool = faults.pool_of(watched, "d0")
+    with traced(watched.pid, *options) as trace:
+        for _ in range(2):
+            lost = faults.lose(watched, "d0", "write", pool)
+            assert trace.expect("alert")["cause"] == "lost-wakeup"
+            assert trace.expect("resolved")["request"] == hex(lost.request)
+        trace.finish()
+        nudges = trace.named("nudge")
+        assert [(event["request"], event["freed"]) for event in nudges] == [(hex(lost.request), True)] * 2
+        assert trace.named("error") == []
+
+
+def test_the_main_job_goes_on_where_the_monitor_is_held(paused_qemu: Qemu) -> None:
+    with traced(paused_qemu.pid, "--deadline", "200ms", "--nudge", str(paused_qemu.folder / "lab.qmp")) as trace:
+        lost = faults.lose(paused_qemu, "d0", "write")
+        trace.expect("alert")
+        assert "holds the monitor" in trace.expect("error")["message"]
+        assert lost.still_lost()
+        lost.free()
+        trace.expect("resolved")
+
+
+def test_each_nudge_leaves_an_audit_line(paused_qemu: Qemu, tmp_path: Path) -> None:
+    """Read back from a log socket of our own, in a mount namespace of the command's own."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as log:
+        log.bind(str(tmp_path / "log"))
+        log.settimeout(10)
+        script = (
+            f"mkdir -p {tmp_path}/dev && mount -t tmpfs none {tmp_path}/dev && cd {tmp_path}/dev && "
+            f"for name in null zero random urandom; do touch $name && mount --bind /dev/$name $name; done && "
+            f"touch log && mount --bind {tmp_path}/log log && mount --move {tmp_path}/dev /dev && "
+            f'cd {ROOT} && exec "$@"'
+        )
+        before = ("unshare", "--mount", "sh", "-c", script, "sh")
+        environment = {**os.environ, "SUDO_USER": "operator", "SUDO_UID": "4711"}
+        for options in (("--qmp", str(paused_qemu.spare_monitor)), ("--force", "--yes")):
+            lost = faults.lose(paused_qemu, "d0", "write")
+            done = nudge(paused_qemu.pid, *options, before=before, environment=environment)
+            assert done.status == 0, done.errors
+            line = log.recv(4096).decode()
+            assert f"nudge pid={paused_qemu.pid} " in line
+            assert f"request={lost.request:#x}" in line
+            assert "before=lost-wakeup after=gone freed=yes" in line
+            assert ("aio_read" if "--qmp" in options else "qemu_bh_schedule") in line
+            assert "by=operator(uid 4711)" in line
+            assert "no system log" not in done.errors
+        assert nudge(paused_qemu.pid, "--force", "--yes", before=before).status == 1
+        log.setblocking(False)
+        with pytest.raises(BlockingIOError):
+            log.recv(4096)
+
+
+# What it reads
+
+
+def _send(qemu: Qemu, line: str) -> None:
+    assert qemu.hmp(line) == ""
+
+
+def _lose_on(qemu: Qemu, line: str) -> faults.LostCompletion:
+    """Lose the completion of what that line of the human monitor asks for, in the pool of d0."""
+    return faults.lose_completion(qemu, "d0", faults.pool_of(qemu, "d0"), lambda: _send(qemu, line))
+
+
+@pytest.mark.parametrize("aio", ["threads", "native", "io_uring"])
+def test_the_read_goes_through_the_pool_whatever_the_aio_mode(aio: str, tmp_path: Path) -> None:
+    image = tmp_path / "disk"
+    image.write_bytes(bytes(1 << 20))
+    drive = f"if=none,id=other,format=raw,file={image},aio={aio},cache=none,discard=unmap"
+    with paused(extra=["-drive", drive, *WITNESS]) as qemu:
+        lost = _lose_on(qemu, 'qemu-io other "aio_write -z -u 0 64k"')
+        done = by_monitor(qemu)
+        assert done.status == 0, done.errors
+        assert 'sending: qemu-io other "aio_read' in done.errors
+        assert not lost.still_lost()
+
+
+@pytest.mark.parametrize("extended", ["off", "on"])
+def test_a_qcow2_image_is_read_where_it_has_data(extended: str, tmp_path: Path) -> None:
+    """A read of what is not in the image asks no pool: the first sector would not do."""
+    image, at = tmp_path / "disk", 700 << 20
+    options = ["-f", "qcow2", "-o", f"extended_l2={extended}"]
+    subprocess.run(["qemu-img", "create", "-q", *options, image, "1G"], check=True)
+    subprocess.run(["qemu-io", "-c", f"write {at} 64k", image], check=True, stdout=subprocess.DEVNULL)
+    with paused([Drive(format="qcow2", file=image)]) as qemu:
+        qemu.request("d0", "read", at)
+        (pool,) = faults.locate_pools(qemu)
+        lost = faults.lose_completion(qemu, "d0", pool, lambda: qemu.submit("d0", "write", at))
+        before = qemu.trace_counts()
+        qemu.io("d0", "aio_read -q 1 510")
+        qemu.kick("d0")
+        assert qemu.trace_counts() == before
+        assert lost.still_lost()
+        done = by_monitor(qemu)
+        assert done.status == 0, done.errors
+        assert not lost.still_lost()
+        assert f'"aio_read -q {at + 1} 510"' in done.errors
+
+
+def test_lost_metadata_of_qcow2(tmp_path: Path) -> None:
+    """It holds the image's lock, for which our read waits: another disk of the pool does it, else --force."""
+    image, other = tmp_path / "disk", tmp_path / "other"
+    subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", image, "1G"], check=True)
+    other.write_bytes(bytes(1 << 20))
+    for drives in ([], ["-drive", f"if=none,id=other,format=raw,file={other}"]):
+        with paused([Drive(format="qcow2", file=image)], extra=drives) as qemu:
+            lost = faults.lose(qemu, "d0", "flush")
+            done = by_monitor(qemu)
+            assert done.status == (0 if drives else 3), done.errors
+            assert done.nudges[0]["freed"] is bool(drives)
+            if not drives:
+                assert f"nudge --pid {qemu.pid} --force" in done.errors
+                assert by_force(qemu).status == 0
+            assert not lost.still_lost()
+    subprocess.run(["qemu-img", "check", "-q", image], check=True)
+
+
+def test_it_asks_before_force(paused_qemu: Qemu) -> None:
+    lost = faults.lose(paused_qemu, "d0", "write")
+    command = [sys.executable, str(ROOT / "cli.py"), "nudge", "--pid", str(paused_qemu.pid), "--force"]
+    for answer, status in ((b"n\n", 1), (b"y\n", 0)):
+        ours, theirs = os.openpty()
+        with subprocess.Popen(command, stdin=theirs, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as asked:
+            os.write(ours, answer)
+            _, errors = asked.communicate(timeout=60)
+        os.close(ours)
+        os.close(theirs)
+        assert asked.returncode == status, errors
+        assert b"call qemu_bh_schedule(" in errors
+        assert b"stands still" in errors
+        assert lost.still_lost() is (status == 1)
+
+
+def test_a_disk_of_blockdev_has_only_its_device(tmp_path: Path) -> None:
+    image = tmp_path / "disk"
+    image.write_bytes(bytes(1 << 20))
+    disk = f"driver=raw,node-name=top,file.driver=file,file.filename={image}"
+    device = ["-machine", "q35", "-blockdev", disk, "-device", "virtio-blk-pci,drive=top,id=vda"]
+    with paused(extra=[*device, *WITNESS]) as qemu:
+        lost = _lose_on(qemu, 'qemu-io -d /machine/peripheral/vda/virtio-backend "aio_write 0 64k"')
+        done = by_monitor(qemu)
+        assert done.status == 0, done.errors
+        assert "qemu-io -d /machine/peripheral/vda/virtio-backend" in done.errors
+        assert not lost.still_lost()
+
+
+VIRSH = """#!{python}
+import json, socket, sys
+command, domain, message = sys.argv[1:]
+assert (command, domain) == ("qemu-monitor-command", "web 1")
+with socket.socket(socket.AF_UNIX) as monitor:
+    monitor.connect("{socket}")
+    answers = monitor.makefile("rw")
+    answers.readline()
+    for line in ('{{"execute": "qmp_capabilities"}}', message):
+        answers.write(line)
+        answers.flush()
+        answer = answers.readline()
+    print(answer)
+"""
+
+
+def test_through_libvirt(tmp_path: Path) -> None:
+    """virsh as libvirt has it: it speaks to the same real QEMU, whose socket it holds."""
+    with paused(extra=["-name", "guest=web 1,debug-threads=on", *WITNESS]) as qemu:
+        program = tmp_path / "virsh"
+        program.write_text(VIRSH.format(python=sys.executable, socket=qemu.spare_monitor))
+        program.chmod(0o755)
+        environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+        lost = faults.lose(qemu, "d0", "write")
+        done = nudge(qemu.pid, "--via", "virsh", "--domain", "other", environment=environment)
+        assert done.status == 1
+        assert "is domain web 1, not other" in done.errors
+        done = nudge(qemu.pid, "--via", "virsh", environment={**os.environ, "PATH": "/nowhere"})
+        assert done.status == 1
+        assert "libvirt-clients" in done.errors
+        assert lost.still_lost()
+        done = nudge(qemu.pid, "--via", "virsh", environment=environment)
+        assert done.status == 0, done.errors
+        assert "virsh qemu-monitor-command 'web 1' --hmp 'qemu-io d0" in done.errors
+        assert not lost.still_lost()
+
+
+def test_a_storage_daemon_needs_force(daemon: Qemu) -> None:
+    for drive in daemon.drives:
+        lost = faults.lose(daemon, drive, "write")
+        done = by_monitor(daemon)
+        assert done.status == 1
+        assert f"nudge --pid {daemon.pid} --force" in done.errors
+        assert lost.still_lost()
+        assert by_force(daemon).status == 0
+        assert not lost.still_lost()
+
+
+# What it refuses
+
+
+@pytest.mark.usefixtures("guest_files")
+@LONG
+def test_a_healthy_vm_under_load_is_refused() -> None:
+    with guest(Workload(pause=0, jobs=4), extra=WITNESS) as machine:
+        sent = commands(machine)
+        for _ in range(3):
+            done = nudge(machine.pid, "--qmp", str(machine.spare_monitor), "--force", "--yes")
+            assert done.status == 1, done.errors
+            assert "nothing was sent" in done.errors
+            assert done.nudges == []
+        target = open_target(machine.pid)
+        nudger = Nudge(target, read_build(target.image_path, target.exe), print)
+        for _ in range(REFUSALS):
+            with pytest.raises(NudgeRefused):
+                nudger.diagnose()
+        assert commands(machine) == sent
+        machine.wait_progress(1)
+
+
+def test_a_stopped_process_is_refused(watched: Qemu) -> None:
+    faults.lose(watched, "d0", "write")
+    sent = commands(watched)
+    with faults.stopped(watched):
+        done = nudge(watched.pid, "--qmp", str(watched.spare_monitor), "--force", "--yes")
+        assert done.status == 1
+        assert f"kill -CONT {watched.pid}" in done.errors
+    assert commands(watched) == sent
+    assert by_force(watched).status == 0
+
+
+def test_a_stuck_loop_is_refused(paused_qemu: Qemu) -> None:
+    pool = faults.pool_of(paused_qemu, "d0")
+    with faults.stalled_completion(paused_qemu, "d0", pool):
+        done = nudge(paused_qemu.pid, "--qmp", str(paused_qemu.spare_monitor), "--force", "--yes")
+        assert done.status == 1
+        assert "loop-blocked" in done.errors
+        assert done.nudges == []
+
+
+def test_force_asks_first(paused_qemu: Qemu) -> None:
+    lost = faults.lose(paused_qemu, "d0", "write")
+    done = nudge(paused_qemu.pid, "--force")
+    assert done.status == 2
+    assert "--yes" in done.errors
+    assert lost.still_lost()
+    lost.free()
+
+
+def test_a_monitor_of_another_qemu_is_refused(watched: Qemu) -> None:
+    lost = faults.lose(watched, "d0", "write")
+    with paused(extra=WITNESS) as other:
+        sent = commands(other)
+        done = nudge(watched.pid, "--qmp", str(other.spare_monitor))
+        assert done.status == 1
+        assert f"belongs to process {other.pid}" in done.errors
+        assert commands(other) == sent
+    assert lost.still_lost()
+    lost.free()
+
+
+def test_a_monitor_that_somebody_holds(watched: Qemu) -> None:
+    lost = faults.lose(watched, "d0", "write")
+    done = nudge(watched.pid, "--qmp", str(watched.folder / "lab.qmp"), "--timeout", "500ms")
+    assert done.status == 1
+    assert "another client, usually libvirt, holds the monitor" in done.errors
+    assert "virsh qemu-monitor-command DOMAIN --hmp" in done.errors
+    assert lost.still_lost()
+    lost.free()
+
+
+@pytest.mark.parametrize(("path", "sentence"), [("nothing", "there is no socket"), ("d0.img", "nobody listens at")])
+def test_no_monitor_there(paused_qemu: Qemu, path: str, sentence: str) -> None:
+    lost = faults.lose(paused_qemu, "d0", "write")
+    done = nudge(paused_qemu.pid, "--qmp", str(paused_qemu.folder / path))
+    assert done.status == 1
+    assert sentence in done.errors
+    lost.free()
+
+
+def test_a_human_monitor_is_told_apart(tmp_path: Path) -> None:
+    path = tmp_path / "hmp"
+    with paused(extra=["-monitor", f"unix:{path},server=on,wait=off"]) as qemu:
+        lost = faults.lose(qemu, "d0", "write")
+        done = nudge(qemu.pid, "--qmp", str(path))
+        assert done.status == 1
+        assert "does not speak QMP" in done.errors
+        lost.free()
+
+
+KILLED = """
+import os, signal, sys
+from tracer import inject
+from tracer.build import read_build
+from tracer.lab.storage import Storage, storage
+from tracer.layout import RequestState
+from tracer.looking import Looker
+from tracer.memory import LiveMemory
+from tracer.nudge import Nudge
+from tracer.target import open_target
+
+at = int(sys.argv[2])
+plain, calls = inject._Stopped._ptrace, 0
+
+
+def ptrace(self, *arguments, **named):
+    global calls
+    calls += 1
+    if calls == at:
+        os.kill(os.getpid(), signal.SIGKILL)
+    plain(self, *arguments, **named)
+
+
+inject._Stopped._ptrace = ptrace
+target = open_target(int(sys.argv[1]))
+nudger = Nudge(target, read_build(target.image_path, target.exe), lambda text: None)
+nudger.force(nudger.diagnose())
+print(calls)
+"""
+
+
+def test_killed_in_the_middle_it_does_no_harm(watched: Qemu) -> None:
+    """Killed before each of its steps in turn, --force leaves QEMU as it was, or the request freed."""
+    pool = faults.pool_of(watched, "d0")
+    outcomes = []
+    while True:
+        lost = faults.lose(watched, "d0", "write", pool)
+        command = [sys.executable, "-c", KILLED, str(watched.pid), str(len(outcomes) + 1)]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=60, check=False)
+        if done.returncode == 0:
+            break
+        assert done.returncode == -signal.SIGKILL, done.stderr
+        watched.kick("d0")
+        outcomes.append(lost.still_lost())
+        if outcomes[-1]:
+            lost.free()
+    # SEIZE, INTERRUPT, registers, mask, FPU state; SETREGS is the moment; then DETACH.
+    assert outcomes == [True] * 6 + [False]
+    assert int(done.stdout) == len(outcomes)
+    assert not lost.still_lost()
+    watched.request("d0", "write")

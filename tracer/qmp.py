@@ -1,0 +1,298 @@
+"""QEMU's monitor: connected to, proved to be the right one, asked.
+
+Knows: QMP by its socket or through libvirt's virsh, and what goes wrong with either. Does not know what is
+asked or why.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+import re
+import select
+import shlex
+import shutil
+import socket
+import struct
+import subprocess
+from collections.abc import Coroutine, Mapping
+from contextlib import suppress
+from typing import Any, Protocol, TypeVar
+
+from qemu.qmp import ExecuteError, QMPClient, QMPError
+
+from tracer.errors import CommandRefused, MonitorBusy, MonitorDead, MonitorError, ToolMissing
+from tracer.target import Target
+
+TIMEOUT_S = 5.0
+#: How long to wait for the connection itself to be given back.
+GOODBYE_S = 1.0
+# Columns of /proc/net/unix: flags of a socket that listens, state of one that is served.
+LISTENS, SERVED = 0x10000, 0x03
+GREETING = 4096
+
+T = TypeVar("T")
+
+
+class Monitor(Protocol):
+    """Something that runs QMP commands in one QEMU."""
+
+    def execute(self, command: str, arguments: Mapping[str, object] | None = None) -> Any:
+        """What the command returns. Raises CommandRefused, or another MonitorError."""
+        ...
+
+    def spelled(self, line: str) -> str:
+        """How a person would send that line of the human monitor in the same way."""
+        ...
+
+    def close(self) -> None:
+        """Give the monitor back."""
+        ...
+
+
+class SocketMonitor:
+    """QMP on a UNIX socket that belongs to `target`."""
+
+    def __init__(self, target: Target, path: str, timeout_s: float = TIMEOUT_S) -> None:
+        self._target = target
+        self._path = path
+        self._timeout_s = timeout_s
+        # What goes wrong comes as exceptions; the library's log would say it twice.
+        logging.getLogger("qemu.qmp").addHandler(logging.NullHandler())
+        connection = _connected(path, target, timeout_s)
+        self._client = QMPClient("aio-trace")
+        self._loop = asyncio.new_event_loop()
+        try:
+            self._check_greeting(connection)
+            self._greet(connection)
+        except BaseException:
+            self.close()
+            connection.close()
+            raise
+
+    def _check_greeting(self, connection: socket.socket) -> None:
+        """See without taking it that QMP's greeting has come: nobody else is served, and QEMU answers."""
+        if not select.select([connection], [], [], self._timeout_s)[0]:
+            raise self._silent(connection)
+        if b'"QMP"' not in connection.recv(GREETING, socket.MSG_PEEK):
+            raise MonitorError(
+                f"{self._path} does not speak QMP; it may be a human monitor",
+                "give the socket of QEMU's -qmp, or of a -mon with mode=control",
+            )
+
+    def _silent(self, connection: socket.socket) -> MonitorError:
+        """Nobody greets: another client is served, or QEMU's main loop does not come round."""
+        path = connection.getpeername()
+        if any(row.path == path and row.state == SERVED for row in _sockets(self._target.pid)):
+            return busy(self._path, self._target)
+        return self._dead(f"the monitor at {self._path} does not answer within {self._timeout_s:g} s")
+
+    def _dead(self, what: str) -> MonitorDead:
+        return MonitorDead(f"{what}: QEMU's main loop does not come round", force_hint(self._target))
+
+    def _greet(self, connection: socket.socket) -> None:
+        try:
+            self._run(self._client.connect(connection))
+        except TimeoutError as error:
+            what = f"the monitor at {self._path} greets, but does not answer within {self._timeout_s:g} s"
+            raise self._dead(what) from error
+        except (QMPError, OSError, EOFError) as error:
+            raise MonitorError(f"QMP cannot be begun at {self._path}: {_short(error)}") from error
+
+    def _run(self, work: Coroutine[Any, Any, T]) -> T:
+        return self._loop.run_until_complete(asyncio.wait_for(work, self._timeout_s))
+
+    def execute(self, command: str, arguments: Mapping[str, object] | None = None) -> Any:
+        """What the command returns. Raises CommandRefused, MonitorDead (time is over) or MonitorError."""
+        try:
+            return self._run(self._client.execute(command, arguments))
+        except TimeoutError as error:
+            raise self._dead(f"the monitor did not answer {command} within {self._timeout_s:g} s") from error
+        except ExecuteError as error:
+            raise CommandRefused(f"the monitor refused {command}: {_short(error)}") from error
+        except (QMPError, OSError, EOFError) as error:
+            raise MonitorError(f"the monitor was lost during {command}: {_short(error)}") from error
+
+    def spelled(self, line: str) -> str:
+        """As typed at a human monitor."""
+        return line
+
+    def close(self) -> None:
+        """Give the monitor back; QEMU serves one client a socket at a time."""
+        if self._loop.is_closed():
+            return
+        with suppress(QMPError, OSError, EOFError, TimeoutError):
+            self._loop.run_until_complete(asyncio.wait_for(self._client.disconnect(), GOODBYE_S))
+        tasks = asyncio.all_tasks(self._loop)
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            self._loop.run_until_complete(asyncio.wait(tasks, timeout=GOODBYE_S))
+        self._loop.close()
+
+
+class VirshMonitor:
+    """QMP through libvirt, which holds the socket; its --hmp form is for people."""
+
+    def __init__(self, target: Target, domain: str | None, timeout_s: float = TIMEOUT_S) -> None:
+        self._timeout_s = timeout_s
+        self._target = target
+        program = shutil.which("virsh")
+        if program is None:
+            raise ToolMissing("virsh is not installed", "apt install libvirt-clients")
+        named = domain_of(target)
+        if named is None:
+            raise MonitorError(f"process {target.pid} was not started by libvirt: its command line has no -name guest=")
+        if domain is not None and domain != named:
+            raise MonitorError(f"process {target.pid} is domain {named}, not {domain}", f"--domain {named}")
+        self._domain = named
+        self._program = program
+
+    def execute(self, command: str, arguments: Mapping[str, object] | None = None) -> Any:
+        """What the command returns. Raises CommandRefused, MonitorDead (time is over) or MonitorError."""
+        message = {"execute": command} | ({"arguments": dict(arguments)} if arguments else {})
+        answer = self._answer(command, json.dumps(message))
+        if "error" in answer:
+            raise CommandRefused(f"the monitor refused {command}: {answer['error'].get('desc')}")
+        return answer.get("return")
+
+    def _answer(self, command: str, message: str) -> dict[str, Any]:
+        argv = [self._program, "qemu-monitor-command", self._domain, message]
+        try:
+            done = subprocess.run(
+                argv, capture_output=True, text=True, timeout=self._timeout_s, check=False, stdin=subprocess.DEVNULL
+            )
+        except subprocess.TimeoutExpired as error:
+            what = f"virsh did not answer {command} within {self._timeout_s:g} s"
+            raise MonitorDead(what, force_hint(self._target)) from error
+        except OSError as error:
+            raise MonitorError(f"virsh cannot be run: {error.strerror}") from error
+        if done.returncode:
+            raise MonitorError(f"virsh failed: {_short(done.stderr)}", f"virsh domstate {self._domain}")
+        try:
+            answer = json.loads(done.stdout)
+        except ValueError as error:
+            raise MonitorError(f"virsh answered {command} with what is no JSON: {_short(done.stdout)}") from error
+        return answer if isinstance(answer, dict) else {"return": answer}
+
+    def spelled(self, line: str) -> str:
+        """The virsh line."""
+        return virsh_line(self._domain, line)
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+
+def force_hint(target: Target) -> str:
+    """What helps where the monitor does not."""
+    return f"sudo aio-trace nudge --pid {target.pid} --force"
+
+
+def virsh_line(domain: str, line: str) -> str:
+    """What a person types to send a line of the human monitor through libvirt."""
+    return f"virsh qemu-monitor-command {shlex.quote(domain)} --hmp {shlex.quote(line)}"
+
+
+def domain_of(target: Target) -> str | None:
+    """libvirt's name of the process, from its own command line (-name guest=NAME,…), or None."""
+    with suppress(OSError, ValueError), open(f"/proc/{target.pid}/cmdline", encoding="utf-8", errors="replace") as file:
+        words = file.read().split("\0")
+        found = re.match(r"guest=((?:[^,]|,,)+)", words[words.index("-name") + 1])
+        return found[1].replace(",,", ",") if found else None
+    return None
+
+
+def busy(path: str, target: Target) -> MonitorBusy:
+    """The error for a socket that somebody else holds, with the line to paste."""
+    domain = domain_of(target)
+    line = virsh_line(domain or "DOMAIN", 'qemu-io DRIVE "aio_read 0 512"')
+    where = f"sudo aio-trace nudge --pid {target.pid} --via virsh, or: {line}"
+    return MonitorBusy(f"another client, usually libvirt, holds the monitor at {path}", where)
+
+
+# The socket
+
+
+def _connected(path: str, target: Target, timeout_s: float) -> socket.socket:
+    """A connection to `path`, proved to be the target's."""
+    connection = socket.socket(socket.AF_UNIX)
+    connection.settimeout(timeout_s)
+    try:
+        connection.connect(path)
+        _check_owner(connection, target, path)
+    except TimeoutError as error:
+        connection.close()
+        raise busy(path, target) from error
+    except OSError as error:
+        connection.close()
+        raise _not_connected(path, target, error) from error
+    except BaseException:
+        connection.close()
+        raise
+    connection.setblocking(False)
+    return connection
+
+
+def _not_connected(path: str, target: Target, error: OSError) -> MonitorError:
+    hint = f"tr '\\0' '\\n' </proc/{target.pid}/cmdline | grep -A1 -E 'qmp|mon|chardev'"
+    if isinstance(error, FileNotFoundError):
+        return MonitorError(f"there is no socket {path}", hint)
+    if isinstance(error, PermissionError):
+        return MonitorError(f"the socket {path} may not be used without root", "sudo aio-trace nudge …")
+    if isinstance(error, BlockingIOError):
+        return busy(path, target)
+    if isinstance(error, ConnectionRefusedError):
+        return MonitorError(f"nobody listens at {path}: it is no socket, or a QEMU that is gone left it", hint)
+    return MonitorError(f"the socket {path} cannot be used: {error.strerror or error}", hint)
+
+
+def _check_owner(connection: socket.socket, target: Target, path: str) -> None:
+    """Raise MonitorError unless the target itself listens there.
+
+    The kernel tells who called listen(). That may have been libvirt, which hands the listening socket
+    on: then the target must have it among its files.
+    """
+    peer = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
+    pid: int = struct.unpack("3i", peer)[0]
+    if pid == target.pid:
+        return
+    name = connection.getpeername()
+    inodes = {row.inode for row in _sockets(target.pid) if row.path == name and row.flags & LISTENS}
+    if not _has_socket(target.pid, inodes):
+        raise MonitorError(
+            f"the socket {path} belongs to process {pid or 'unknown'}, not to {target.pid}; nothing was sent",
+            f"sudo aio-trace nudge --pid {pid or 'PID'} --qmp {shlex.quote(path)}",
+        )
+
+
+class _Row:
+    """One line of /proc/net/unix."""
+
+    def __init__(self, line: str) -> None:
+        fields = line.split(None, 7)
+        self.flags, self.state, self.inode = int(fields[3], 16), int(fields[5], 16), int(fields[6])
+        self.path = fields[7] if len(fields) > 7 else ""
+
+
+def _sockets(pid: int) -> list[_Row]:
+    """The UNIX sockets of the process's network namespace."""
+    with suppress(OSError, ValueError, IndexError), open(f"/proc/{pid}/net/unix", encoding="utf-8") as file:
+        return [_Row(line.rstrip("\n")) for line in file.readlines()[1:]]
+    return []
+
+
+def _has_socket(pid: int, inodes: set[int]) -> bool:
+    links = {f"socket:[{inode}]" for inode in inodes}
+    with suppress(OSError):
+        for name in os.listdir(f"/proc/{pid}/fd"):
+            with suppress(OSError):
+                if os.readlink(f"/proc/{pid}/fd/{name}") in links:
+                    return True
+    return False
+
+
+def _short(error: object) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 200 else text[:197] + "…"
