@@ -51,7 +51,8 @@ OTHER = "other"
 NODE_NAME_SIZE = 32  # BlockDriverState.node_name, include/block/block_int-common.h
 #: BlockDriverState holds four paths of PATH_MAX bytes before node_name; bytes.
 BDS_SIZE = 24 << 10
-_PATH = re.compile(rb"(/[\x20-\x7e\x80-\xff]{1,4094})\0")
+#: Shorter ones might be the bytes of a pointer.
+_PATH = re.compile(rb"(?<=[\0\1])(/[\x20-\x7e\x80-\xff]{6,4094})\0\0")
 _NODE_NAME = re.compile(rb"[A-Za-z#_][\x21-\x7e]{0,30}\0+")
 
 

@@ -45,7 +45,7 @@ def _pool_json(pool: InspectedPool) -> dict[str, Any]:
         "context": as_hex(pool.context),
         "main_loop": pool.main_loop,
         "home_tid": pool.home_tid,
-        "home": pool.home_name,
+        "home": pool.home_name or None,
         "bottom_half": {"address": as_hex(pool.bottom_half), "scheduled": pool.scheduled},
         "threads": {"current": pool.current, "idle": pool.idle, "max": pool.max},
         "requests": [_request_json(request) for request in pool.requests],
@@ -93,7 +93,7 @@ def _request_json(request: InspectedRequest) -> dict[str, Any]:
 def _thread_json(thread: InspectedThread) -> dict[str, Any]:
     return {
         "tid": thread.tid,
-        "name": thread.name,
+        "name": thread.name or None,  # a core does not tell
         "state": thread.state,
         "syscall": thread.syscall,
         "stack": list(thread.stack),
@@ -126,7 +126,7 @@ def diagnosis_text(found: Diagnosis, verbose: bool = False) -> str:
 def _pool_lines(pool: InspectedPool, verbose: bool) -> list[str]:
     home = "a thread that was not found"
     if pool.home_tid is not None:
-        home = f"thread {pool.home_tid} ({pool.home_name})"
+        home = _thread_name(pool.home_tid, pool.home_name)
     told = {True: "scheduled", False: "not scheduled", None: "could not be read"}[pool.scheduled]
     loop = "main loop" if pool.main_loop else "iothread"
     lines = [
@@ -181,6 +181,11 @@ def _element_lines(request: InspectedRequest) -> list[str]:
     return lines + [f"      #{number} {frame}" for number, frame in enumerate(request.coroutine_stack)]
 
 
+def _thread_name(tid: int, name: str | None) -> str:
+    """A core holds the main thread's name alone."""
+    return f"thread {tid} ({name})" if name else f"thread {tid}"
+
+
 def _code(address: int, name: str | None) -> str:
     return f"{address:#x} <{name}>" if name else f"{address:#x}"
 
@@ -190,7 +195,7 @@ def _thread_lines(found: Diagnosis, verbose: bool) -> list[str]:
     shown = [thread for thread in found.threads if thread.home or verbose]
     for thread in shown:
         where = f"in {thread.syscall}" if thread.syscall else "runs"
-        lines.append(f"thread {thread.tid} ({thread.name}) {where}")
+        lines.append(f"{_thread_name(thread.tid, thread.name)} {where}")
         lines += [f"  #{number} {frame}" for number, frame in enumerate(thread.stack)]
         if thread.stack_missing:
             lines.append(f"  ({thread.stack_missing})")

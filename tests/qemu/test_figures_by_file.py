@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-import threading
+import subprocess
+from pathlib import Path
 
 from tests.qemu.tracing import traced
 from tracer.lab import faults
+from tracer.lab.process import wait_until
 from tracer.lab.qemu import Drive, Qemu, paused
+from tracer.target import open_target
 
 
 def test_every_file_has_its_own_figures() -> None:
@@ -45,37 +48,21 @@ def test_a_late_completion_is_counted_and_its_alert_has_the_stack(any_loop_qemu:
     assert "e8d3b1a25f" in alert["explanation"]
 
 
-class _OneByOne:
-    """One request after the other, each in the memory of the last: whoever samples sees always the same."""
-
-    def __init__(self, qemu: Qemu) -> None:
-        self._qemu = qemu
-        self._end = threading.Event()
-        self._thread = threading.Thread(target=self._run)
-        self.count = 0
-
-    def _run(self) -> None:
-        while not self._end.is_set():
-            self._qemu.request("d0", "write")
-            self._qemu.request("d0", "flush")
-            self.count += 2
-
-    def __enter__(self) -> _OneByOne:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._end.set()
-        self._thread.join()
-
-
-def test_without_probes_requests_that_look_alike_are_not_one(any_loop_qemu: Qemu) -> None:
-    with (
-        traced(any_loop_qemu.pid, "--probes", "none", "--deadline", "100ms", "--slow", "200ms") as trace,
-        _OneByOne(any_loop_qemu) as load,
-    ):
-        any_loop_qemu.wait_until(lambda: load.count > 2000, timeout=60)
-        assert trace.finish() == 0
+def test_without_probes_requests_that_look_alike_are_not_one(tmp_path: Path) -> None:
+    """One large write after the other, each in the memory of the last: samples look the same."""
+    image = tmp_path / "image"
+    image.write_bytes(bytes(1 << 20))
+    bench = ["qemu-img", "bench", "-f", "raw", "-i", "threads", "-w", "-d", "1", "-s", "1M", "-c", "100000000"]
+    with subprocess.Popen([*bench, str(image)], stdout=subprocess.DEVNULL) as load:
+        try:
+            wait_until(lambda: len(open_target(load.pid).threads()) > 2, what="a worker")
+            with traced(
+                load.pid, "--probes", "none", "--deadline", "100ms", "--slow", "200ms", "--interval", "3s"
+            ) as trace:
+                trace.expect("interval")
+                assert trace.finish() == 0
+        finally:
+            load.kill()
     assert trace.named("alert") == []
 
 
