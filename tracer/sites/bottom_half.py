@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from tracer.layout import BottomHalfLayout
 from tracer.sites.flow import Argument, Called, Const, Exchanged, Flow, Stored
+from tracer.sites.outlined import exchanges
 from tracer.sites.program import Program
 from tracer.sites.proof import NotProved, agreed, require
 
@@ -78,7 +79,7 @@ def _exchanges(program: Program, address: int) -> list[Exchanged]:
     """
     for _ in range(_MAX_HOPS):
         flow = program.flow(address)
-        found = [each for each in flow.events if isinstance(each, Exchanged) and each.base == Argument(0)]
+        found = [each for each in exchanges(program, flow) if each.base == Argument(0)]
         onward = [
             event.target
             for event in flow.events
