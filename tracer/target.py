@@ -32,6 +32,19 @@ SYSCALLS = {
     437: "openat2", 441: "epoll_pwait2", 449: "futex_waitv",
 }  # fmt: skip
 
+# The same on aarch64; include/uapi/asm-generic/unistd.h.
+SYSCALLS_AARCH64 = {
+    2: "io_submit", 4: "io_getevents", 22: "epoll_pwait", 29: "ioctl", 32: "flock", 45: "truncate",
+    46: "ftruncate", 47: "fallocate", 56: "openat", 57: "close", 62: "lseek", 63: "read", 64: "write",
+    65: "readv", 66: "writev", 67: "pread64", 68: "pwrite64", 69: "preadv", 70: "pwritev", 72: "pselect6",
+    73: "ppoll", 81: "sync", 82: "fsync", 83: "fdatasync", 84: "sync_file_range", 95: "waitid", 98: "futex",
+    101: "nanosleep", 115: "clock_nanosleep", 117: "ptrace", 133: "rt_sigsuspend", 137: "rt_sigtimedwait",
+    202: "accept", 203: "connect", 206: "sendto", 207: "recvfrom", 211: "sendmsg", 212: "recvmsg",
+    242: "accept4", 243: "recvmmsg", 260: "wait4", 267: "syncfs", 285: "copy_file_range", 286: "preadv2",
+    287: "pwritev2", 426: "io_uring_enter", 437: "openat2", 441: "epoll_pwait2", 449: "futex_waitv",
+}  # fmt: skip
+_NAMES = SYSCALLS_AARCH64 if os.uname().machine == "aarch64" else SYSCALLS
+
 #: System calls whose first argument is a file descriptor worth naming.
 FILE_SYSCALLS = frozenset(
     {
@@ -150,7 +163,7 @@ class Target:
             return None
         number = int(words[0])
         values = [int(word, 16) for word in words[1:]]
-        name = SYSCALLS.get(number, f"system call {number}")
+        name = _NAMES.get(number, f"system call {number}")
         return SystemCall(number, name, tuple(values[:6]), values[6], values[7])
 
     def regions(self) -> list[Region]:
