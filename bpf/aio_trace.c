@@ -3,7 +3,8 @@
  * The three probes of a QEMU thread-pool request (util/thread-pool.c): submit, done, callback.
  *
  * Parameters by -D:
- *   SUBMIT_REGISTER, DONE_REGISTER, CALLBACK_REGISTER   member of struct pt_regs that holds the request
+ *   SUBMIT_REGISTER, DONE_REGISTER, CALLBACK_REGISTER   member of struct pt_regs that holds the request,
+ *                                                       or "member-0x44" where it holds a place in it
  *   REQUEST_CALLBACK, REQUEST_ARG, REQUEST_RET          offsets in ThreadPoolElement
  *   ARG_AIO_TYPE, ARG_AIO_FILDES                        offsets in RawPosixAIOData, in one window of memory
  *   MAX_REQUESTS                                        requests followed at once

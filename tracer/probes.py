@@ -265,10 +265,11 @@ def compile_flags(sites: Sequence[Site], element: ElementLayout, what: Parameter
 
 
 def _member(register: str) -> str:
-    """The member of struct pt_regs (bpf/aio_trace.c) that holds a register: rbp -> bp, x19 -> regs[19]."""
-    if register.startswith("x"):
-        return f"regs[{register[1:]}]"
-    return register if register[1:].isdigit() else register[1:]
+    """The member of struct pt_regs (bpf/aio_trace.c): rbp -> bp, x19 -> regs[19], x19-0x44 -> regs[19]-0x44."""
+    name = re.split("[+-]", register)[0]
+    number = name[1:]
+    member = f"regs[{number}]" if name.startswith("x") else name if number.isdigit() else number
+    return member + register[len(name) :]
 
 
 class Probes:

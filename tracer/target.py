@@ -36,7 +36,7 @@ _SYSCALLS_X86_64 = {
 # The same for the architectures that came later; include/uapi/asm-generic/unistd.h.
 _SYSCALLS_GENERIC = {
     2: "io_submit", 4: "io_getevents", 22: "epoll_pwait", 29: "ioctl", 32: "flock", 45: "truncate",
-    46: "ftruncate", 47: "fallocate", 56: "openat", 57: "close", 63: "read", 64: "write", 65: "readv",
+    46: "ftruncate", 47: "fallocate", 56: "openat", 57: "close", 62: "lseek", 63: "read", 64: "write", 65: "readv",
     66: "writev", 67: "pread64", 68: "pwrite64", 69: "preadv", 70: "pwritev", 72: "pselect6", 73: "ppoll",
     81: "sync", 82: "fsync", 83: "fdatasync", 84: "sync_file_range", 95: "waitid", 98: "futex",
     101: "nanosleep", 115: "clock_nanosleep", 117: "ptrace", 133: "rt_sigsuspend", 137: "rt_sigtimedwait",

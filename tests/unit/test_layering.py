@@ -50,7 +50,7 @@ HOMES: Mapping[str, tuple[tuple[str, ...], int]] = {
     "bcc": (("tracer.probes", "tracer.probes.*"), 1),
     "click": (("cli",), 1),
     "tabulate": (("tracer.report", "tracer.report.*"), 1),
-    "capstone": (("tracer.sites.*",), 1),
+    "capstone": (("tracer.sites.x86", "tracer.sites.a64"), 2),
     "elftools": (("tracer.elf", "tracer.elf.*", "tracer.sites.dwarf"), 3),
     "qemu": (("tracer.qmp", "tracer.lab.qemu"), 2),
 }

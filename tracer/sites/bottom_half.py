@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from tracer.layout import BottomHalfLayout
 from tracer.sites.flow import Argument, Called, Const, Exchanged, Flow, FlowError, Stored
+from tracer.sites.outlined import exchanges
 from tracer.sites.program import Program
 from tracer.sites.proof import NotProved, agreed, require
 
@@ -54,13 +55,12 @@ def _takes_off_atomically(program: Program, mark: tuple[int, int]) -> bool | Non
     poll = program.address("aio_bh_poll")
     if poll is None:
         return None
+    flow = program.flow(poll)
     # The function's own argument is the AioContext, which has members at such offsets, too.
-    events = [event for event in program.flow(poll).events if getattr(event, "base", Argument(0)) != Argument(0)]
-    if any(isinstance(event, Exchanged) and (event.offset, event.width) == mark for event in events):
+    if any(each.base != Argument(0) and (each.offset, each.width) == mark for each in exchanges(program, flow)):
         return True
-    if any(
-        isinstance(event, Stored) and (event.offset, event.width, event.value) == (*mark, Const(0)) for event in events
-    ):
+    stores = [event for event in flow.events if isinstance(event, Stored) and event.base != Argument(0)]
+    if any((event.offset, event.width, event.value) == (*mark, Const(0)) for event in stores):
         return False
     return None
 
@@ -96,7 +96,7 @@ def _exchanges(program: Program, address: int) -> list[Exchanged]:
     """
     for _ in range(_MAX_HOPS):
         flow = program.flow(address)
-        found = [each for each in flow.events if isinstance(each, Exchanged) and each.base == Argument(0)]
+        found = [each for each in exchanges(program, flow) if each.base == Argument(0)]
         onward = [
             event.target
             for event in flow.events

@@ -7,11 +7,16 @@ from tracer.sites.proof import NotProved
 
 
 def decoder_for(machine: str) -> Decoder:
-    """The decoder for "x86_64"; NotProved for machines whose code cannot be read yet."""
-    if machine != "x86_64":
-        raise NotProved(f"code of {machine} cannot be read yet")
+    """The decoder for "x86_64" or "aarch64"; NotProved for machines whose code cannot be read yet."""
     try:
-        from tracer.sites.x86 import X86Decoder
+        if machine == "x86_64":
+            from tracer.sites.x86 import X86Decoder
+
+            return X86Decoder()
+        if machine == "aarch64":
+            from tracer.sites.a64 import A64Decoder
+
+            return A64Decoder()
     except ImportError as error:
         raise NotProved(f"the Python package capstone is not usable: {error}") from error
-    return X86Decoder()
+    raise NotProved(f"code of {machine} cannot be read yet")

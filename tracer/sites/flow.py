@@ -146,8 +146,8 @@ class Called:
         return self.target is not None and not self.tail
 
     def holders(self, value: Value) -> tuple[str, ...]:
-        """The registers that hold `value` when the call is reached."""
-        return tuple(name for name, held in self.registers.items() if held == value)
+        """The registers that hold `value` when the call is reached; see holders()."""
+        return holders(self.registers, value)
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,6 +159,16 @@ class Returned:
 
 
 Event = Stored | Exchanged | Compared | Called | Returned
+
+
+def holders(registers: Mapping[str, Value], value: Value) -> tuple[str, ...]:
+    """The registers that hold `value`; where none does, what makes it of one: "x19-0x44".
+
+    Compilers for A64 keep the address of a member at hand, because a store with release takes no offset.
+    """
+    plain = tuple(name for name, held in registers.items() if held == value)
+    near = [(name, held.offset) for name, held in registers.items() if isinstance(held, Sum) and held.base == value]
+    return plain or tuple(f"{name}{-offset:+#x}" for name, offset in near)
 
 
 class FlowError(Exception):

@@ -21,8 +21,9 @@ class Site:
     """One proved place for a uprobe.
 
     `address` is the ELF virtual address; `register` holds the ThreadPoolElement there, named as the
-    architecture's manual does ("rbp", "x19"); `instruction` is its disassembly; `cheap` is true when
-    the kernel emulates it (a nop, call, jmp, jcc or push), false when it must be single-stepped.
+    architecture's manual does ("rbp", "x19"), or the address of a member of it ("x19-0x44" is the element);
+    `instruction` is its disassembly; `cheap` is true when the kernel emulates it (a nop, call, jmp, jcc
+    or push), false when it must be single-stepped.
     """
 
     name: str

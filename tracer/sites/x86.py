@@ -1,4 +1,4 @@
-"""x86-64 instructions as operations; the only importer of capstone.
+"""x86-64 instructions as operations; knows capstone.
 
 Knows: the instructions compilers use to carry pointers and constants about. Every other instruction
 clobbers what capstone says that it writes. Does not know QEMU.
