@@ -4,9 +4,11 @@
  *
  * Parameters by -D:
  *   SUBMIT_REGISTER, DONE_REGISTER, CALLBACK_REGISTER   member of struct pt_regs that holds the request
+ *   SUBMIT_2_REGISTER, … SUBMIT_4_REGISTER, likewise    the same for further copies of a site, if any
  *   REQUEST_CALLBACK, REQUEST_ARG, REQUEST_RET          offsets in ThreadPoolElement
  *   ARG_AIO_TYPE                                        offset of aio_type in RawPosixAIOData
  *   MAX_REQUESTS                                        requests followed at once
+ *   CALLBACK_MAY_BE_NULL                                1: the callback site is reached without a callback, too
  *   WITH_SUBMIT                                         1: the submit probe is attached, 0: it is not
  *   HAVE_CMPXCHG                                        1: the kernel has atomic compare and exchange (5.12)
  *
@@ -125,10 +127,22 @@ static inline __attribute__((always_inline)) u32 kind_of(u64 arg)
     return KIND_OTHER;
 }
 
-#if WITH_SUBMIT
-int on_submit(struct pt_regs *ctx)
+/* Whether the request has no callback: being done was all. Only some callback sites see such. */
+static inline __attribute__((always_inline)) bool nobody_waits(u64 request)
 {
-    u64 request = ctx->SUBMIT_REGISTER;
+#if CALLBACK_MAY_BE_NULL
+    u64 callback = 1;
+
+    bpf_probe_read_user(&callback, sizeof(callback), (void *)(request + REQUEST_CALLBACK));
+    return !callback;
+#else
+    return false;
+#endif
+}
+
+#if WITH_SUBMIT
+static inline __attribute__((always_inline)) int at_submit(u64 request)
+{
     u64 words[WORDS_TO_ARG] = {};
     struct request_record record = {};
     struct statistics *s;
@@ -157,9 +171,8 @@ int on_submit(struct pt_regs *ctx)
     return 0;
 }
 
-int on_done(struct pt_regs *ctx)
+static inline __attribute__((always_inline)) int at_done(u64 request)
 {
-    u64 request = ctx->DONE_REGISTER;
     u64 now = bpf_ktime_get_ns();
     struct request_record *record = requests.lookup(&request);
     struct statistics *s;
@@ -185,15 +198,14 @@ int on_done(struct pt_regs *ctx)
     return 0;
 }
 
-int on_callback(struct pt_regs *ctx)
+static inline __attribute__((always_inline)) int at_callback(u64 request)
 {
-    u64 request = ctx->CALLBACK_REGISTER;
     u64 now = bpf_ktime_get_ns();
     struct request_record *record = requests.lookup(&request);
     struct statistics *s = of_kind(record ? record->kind : KIND_OTHER);
     int ret = 0;
 
-    if (!s)
+    if (!s || nobody_waits(request))
         return 0;
     if (!record || (record->flags & FLAG_BEFORE)) {
         add(&s->before, 1);
@@ -221,9 +233,8 @@ int on_callback(struct pt_regs *ctx)
 
 #else /* done and callback only */
 
-int on_done(struct pt_regs *ctx)
+static inline __attribute__((always_inline)) int at_done(u64 request)
 {
-    u64 request = ctx->DONE_REGISTER;
     struct request_record record = {.done_ns = bpf_ktime_get_ns()};
     struct statistics *s = of_kind(KIND_OTHER);
 
@@ -235,15 +246,14 @@ int on_done(struct pt_regs *ctx)
     return 0;
 }
 
-int on_callback(struct pt_regs *ctx)
+static inline __attribute__((always_inline)) int at_callback(u64 request)
 {
-    u64 request = ctx->CALLBACK_REGISTER;
     u64 now = bpf_ktime_get_ns();
     struct request_record *record = requests.lookup(&request);
     struct statistics *s = of_kind(KIND_OTHER);
     int ret = 0;
 
-    if (!s)
+    if (!s || nobody_waits(request))
         return 0;
     if (!record) {
         bpf_probe_read_user(&ret, sizeof(ret), (void *)(request + REQUEST_RET));
@@ -261,5 +271,79 @@ int on_callback(struct pt_regs *ctx)
     }
     requests.delete(&request);
     return 0;
+}
+#endif
+
+/* One program for each register in which a site, or one of its copies, holds the request. */
+#ifdef SUBMIT_REGISTER
+int on_submit(struct pt_regs *ctx)
+{
+    return at_submit(ctx->SUBMIT_REGISTER);
+}
+#endif
+#ifdef SUBMIT_2_REGISTER
+int on_submit_2(struct pt_regs *ctx)
+{
+    return at_submit(ctx->SUBMIT_2_REGISTER);
+}
+#endif
+#ifdef SUBMIT_3_REGISTER
+int on_submit_3(struct pt_regs *ctx)
+{
+    return at_submit(ctx->SUBMIT_3_REGISTER);
+}
+#endif
+#ifdef SUBMIT_4_REGISTER
+int on_submit_4(struct pt_regs *ctx)
+{
+    return at_submit(ctx->SUBMIT_4_REGISTER);
+}
+#endif
+#ifdef DONE_REGISTER
+int on_done(struct pt_regs *ctx)
+{
+    return at_done(ctx->DONE_REGISTER);
+}
+#endif
+#ifdef DONE_2_REGISTER
+int on_done_2(struct pt_regs *ctx)
+{
+    return at_done(ctx->DONE_2_REGISTER);
+}
+#endif
+#ifdef DONE_3_REGISTER
+int on_done_3(struct pt_regs *ctx)
+{
+    return at_done(ctx->DONE_3_REGISTER);
+}
+#endif
+#ifdef DONE_4_REGISTER
+int on_done_4(struct pt_regs *ctx)
+{
+    return at_done(ctx->DONE_4_REGISTER);
+}
+#endif
+#ifdef CALLBACK_REGISTER
+int on_callback(struct pt_regs *ctx)
+{
+    return at_callback(ctx->CALLBACK_REGISTER);
+}
+#endif
+#ifdef CALLBACK_2_REGISTER
+int on_callback_2(struct pt_regs *ctx)
+{
+    return at_callback(ctx->CALLBACK_2_REGISTER);
+}
+#endif
+#ifdef CALLBACK_3_REGISTER
+int on_callback_3(struct pt_regs *ctx)
+{
+    return at_callback(ctx->CALLBACK_3_REGISTER);
+}
+#endif
+#ifdef CALLBACK_4_REGISTER
+int on_callback_4(struct pt_regs *ctx)
+{
+    return at_callback(ctx->CALLBACK_4_REGISTER);
 }
 #endif

@@ -13,7 +13,7 @@ import mmap
 import os
 import re
 import struct
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -235,12 +235,34 @@ class Image:
 
     def symbol(self, name: str) -> Symbol | None:
         """The defined symbol of that name: .dynsym (by its hash table), then .symtab."""
-        wanted = name.encode()
-        for index in self._dynamic_candidates(wanted):
+        exported = self.exported(name)
+        if exported is not None:
+            return exported
+        return next((found for found in self._in_symtab(name.encode()) if found.name == name), None)
+
+    def exported(self, name: str) -> Symbol | None:
+        """The defined symbol of that name in .dynsym."""
+        for index in self._dynamic_candidates(name.encode()):
             found = self._symbol_at(self._dynsym, index)
             if found is not None and found.name == name:
                 return found
-        return next((found for found in self._in_symtab(wanted) if found.name == name), None)
+        return None
+
+    def strings(self, wanted: bytes, whole: bool = True) -> tuple[int, ...]:
+        """The addresses of a C string in the read-only data; unless `whole`, of those that end with it.
+
+        Linkers keep one copy of strings with a common end, so its address may lie inside a longer one.
+        """
+        found = []
+        for start, data in self._constant_parts():
+            at = data.find(wanted + b"\0")
+            for _ in range(_MAX_HITS):
+                if at < 0:
+                    break
+                begin = at if whole else data.rfind(b"\0", 0, at) + 1
+                found.append(start + begin)
+                at = data.find(wanted + b"\0", at + 1)
+        return tuple(found)
 
     def symbol_names_at(self, address: int) -> tuple[str, ...]:
         """Names of all symbols defined at exactly that address."""
@@ -281,6 +303,15 @@ class Image:
             if symbol is not None and symbol.size:
                 return Bounds(symbol.address, symbol.address + symbol.size)
         return None
+
+    def functions_in(self, start: int, end: int) -> tuple[int, ...]:
+        """The starts of the functions and parts between two addresses, by the unwind table."""
+        if self._unwind_table is None:
+            return ()
+        base, _, table = self._unwind_table
+        starts = _Starts(table)
+        first, last = (bisect_left(starts, address - base) for address in (start, end))
+        return tuple(base + starts[row] for row in range(first, min(last, first + _MAX_HITS)))
 
     # QEMU's own mark.
 
@@ -361,13 +392,16 @@ class Image:
 
     def _constants(self) -> Iterator[bytes]:
         """The read-only data: what is loaded from the file neither writable nor executable."""
+        return (data for _, data in self._constant_parts())
+
+    def _constant_parts(self) -> Iterator[tuple[int, bytes]]:
         section = self.section(".rodata")
         if section is not None:
-            yield self.section_bytes(section)
+            yield section.address, self.section_bytes(section)
             return
         for segment in self._segments:
             if not segment.flags & 2:
-                yield self._bytes(segment.offset, segment.filesz)
+                yield segment.vaddr, self._bytes(segment.offset, segment.filesz)
 
     @cached_property
     def _dynamic(self) -> dict[int, int]:

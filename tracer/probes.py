@@ -38,7 +38,8 @@ BPF_NOEXIST, BPF_EXIST = 1, 2
 #: Offset of aio_type in RawPosixAIOData (block/file-posix.c) since QEMU 4.0.
 ARG_AIO_TYPE = 8
 
-PROGRAMS = {SUBMIT: "on_submit", DONE: "on_done", CALLBACK: "on_callback"}
+#: bpf/aio_trace.c has as many programs for each site, one a register.
+MAX_REGISTERS = 4
 UPROBE_PMU = "/sys/bus/event_source/devices/uprobe/type"
 CAP_SYS_ADMIN, CAP_PERFMON, CAP_BPF = 21, 38, 39
 
@@ -218,18 +219,37 @@ def source_folder() -> Path:
 
 def compile_flags(sites: Sequence[Site], element: ElementLayout, max_requests: int, cmpxchg: bool) -> list[str]:
     """The -D parameters of bpf/aio_trace.c for these sites and offsets."""
-    by_name = {site.name: site for site in sites}
     flags = {
         "REQUEST_CALLBACK": element.callback,
         "REQUEST_ARG": element.arg,
         "REQUEST_RET": element.ret,
         "ARG_AIO_TYPE": ARG_AIO_TYPE,
         "MAX_REQUESTS": max_requests,
-        "WITH_SUBMIT": int(SUBMIT in by_name),
+        "WITH_SUBMIT": int(any(site.name == SUBMIT for site in sites)),
+        "CALLBACK_MAY_BE_NULL": int(any(site.without_callback for site in sites)),
         "HAVE_CMPXCHG": int(cmpxchg),
     }
-    registers = [f"-D{name.upper()}_REGISTER={_member(site.register)}" for name, site in by_name.items()]
-    return [f"-I{source_folder()}", *(f"-D{name}={value}" for name, value in flags.items()), *registers]
+    registers = {program.upper().removeprefix("ON_"): register for program, (_, register) in programs(sites).items()}
+    return [
+        f"-I{source_folder()}",
+        *(f"-D{name}={value}" for name, value in flags.items()),
+        *(f"-D{name}_REGISTER={_member(register)}" for name, register in registers.items()),
+    ]
+
+
+def programs(sites: Sequence[Site]) -> dict[str, tuple[str, str]]:
+    """The programs that these sites need, with site name and register: one for each pair of the two.
+
+    Copies of a site that compilers inlined may hold the request in different registers.
+    """
+    found: dict[str, tuple[str, str]] = {}
+    for name in dict.fromkeys(site.name for site in sites):
+        registers = list(dict.fromkeys(site.register for site in sites if site.name == name))
+        if len(registers) > MAX_REGISTERS:
+            raise ProbeError(f"the copies of the site {name} hold the request in {len(registers)} registers")
+        for number, register in enumerate(registers):
+            found[f"on_{name}" + (f"_{number + 1}" if number else "")] = name, register
+    return found
 
 
 def _member(register: str) -> str:
@@ -273,8 +293,8 @@ class Probes:
         source = str(source_folder() / "aio_trace.c")
         try:
             self._bpf = bcc.BPF(src_file=source.encode(), cflags=flags)
-            for site in self._sites:
-                self._bpf.load_func(PROGRAMS[site.name].encode(), bcc.BPF.KPROBE)
+            for program in programs(self._sites):
+                self._bpf.load_func(program.encode(), bcc.BPF.KPROBE)
         except Exception as error:  # bcc raises bare Exception
             return error
         return None
@@ -292,8 +312,9 @@ class Probes:
     def _attach(self, sites: Sequence[Site]) -> Exception | None:
         exe = f"/proc/{self._pid}/exe".encode()
         try:
+            names = {key: program.encode() for program, key in programs(self._sites).items()}
             for site in sites:
-                name = PROGRAMS[site.name].encode()
+                name = names[site.name, site.register]
                 self._bpf.attach_uprobe(name=exe, addr=site.address, fn_name=name, pid=self._pid)
         except Exception as error:  # bcc raises bare Exception
             return error

@@ -83,7 +83,7 @@ class Watch:
     def attach(self, started: float) -> None:
         """Load and attach what the mode wants, adopt what is in flight; `started` is when the command began."""
         names = MODES[self._settings.mode]
-        sites = [self._build.located.sites[name] for name in names]
+        sites = self._build.located.sites_of(*names)
         if sites:
             element = self._build.located.layout.element
             self._probes = probes.Probes(self.target.pid, sites, element, self._settings.max_requests)
