@@ -157,6 +157,12 @@ CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
     metavar="CMD",
     help="Run this shell command at each alert (AIO_TRACE_CAUSE, AIO_TRACE_PID, …).",
 )
+@click.option(
+    "--locate",
+    "locate_by",
+    type=click.Choice(("usdt", "symbols", "code", "dwarf")),
+    help="Find the probe sites in this way only: usdt, symbols, code or dwarf.",
+)
 @click.option("--json", "as_json", is_flag=True, help="One JSON object a line on standard output.")
 @click.option("-v", "--verbose", is_flag=True, help="Say more.")
 @click.version_option(__version__, prog_name="aio-trace", message="%(prog)s %(version)s")
@@ -171,6 +177,7 @@ def aio_trace(
     duration: float | None,
     mode: str,
     on_alert: str | None,
+    locate_by: str | None,
     as_json: bool,
     verbose: bool,
 ) -> None:
@@ -189,7 +196,7 @@ def aio_trace(
     from tracer.session import Options
     from tracer.watch import Settings
 
-    options = Options(Settings(deadline, slow, mode), interval, duration or 0.0, on_alert)
+    options = Options(Settings(deadline, slow, mode, locate_by=locate_by), interval, duration or 0.0, on_alert)
     ctx.exit(_trace(pids, everything, options, as_json, verbose))
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from tracer.debug_files import Place
 from tracer.elf import Image
 from tracer.errors import FaultError, NotQemu, SitesNotFound, TargetError
 from tracer.memory import LiveMemory, read_u64
@@ -39,18 +40,23 @@ class Loaded:
     worker_code: range  # where worker_thread stands
 
 
-def read_build(path: str, name: str, only: str | None = None) -> Build:
-    """What the executable at `path` tells; `name` is what people call it.
+def read_build(path: str, name: str, only: str | None = None, place: Place | None = None) -> Build:
+    """What the executable at `path` tells; `name` is what people call it, `place` where its debug files may be.
 
     Raises SitesNotFound, NotQemu or ImageError.
     """
     with Image.open(path) as image:
         version = image.qemu_version()
         try:
-            located = locate(image, only)
+            located = locate(image, only, place)
         except SitesNotFound as error:
             raise _not_located(name, version, error) from error
         return Build(located, version, image.entry)
+
+
+def debug_place(target: Target) -> Place:
+    """Where the debug files of a process's executable may be: under its own root, or the host's."""
+    return Place(target.exe.removesuffix(" (deleted)"), (f"/proc/{target.pid}/root", "/"))
 
 
 def _not_located(name: str, version: str | None, error: SitesNotFound) -> TargetError | SitesNotFound:

@@ -15,7 +15,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 from tracer import probes
-from tracer.build import Build, read_build
+from tracer.build import Build, debug_place, read_build
 from tracer.errors import AioTraceError, HostError, NoSuchProcess, TargetExited
 from tracer.events import Alert, Event, Failure
 from tracer.target import Target, open_target
@@ -147,6 +147,7 @@ class Session:
                     target.image_path,
                     f"process {target.pid} ({target.exe})",
                     self._options.settings.locate_by,
+                    debug_place(target),
                 )
         except OSError as error:
             raise TargetExited(f"process {target.pid} has ended") from error

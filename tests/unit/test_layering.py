@@ -24,6 +24,7 @@ STAGES: tuple[tuple[str, ...], ...] = (
     ("tracer.errors",),
     ("tracer.layout",),
     ("tracer.target", "tracer.elf"),
+    ("tracer.debug_files",),
     ("tracer.sites",),
     ("tracer.memory",),
     ("tracer.pools",),

@@ -10,20 +10,20 @@ from tracer.layout import BottomHalfLayout
 from tracer.sites.flow import Argument, Called, Const, Exchanged, Flow, Stored
 from tracer.sites.program import Program
 from tracer.sites.proof import NotProved, agreed
-from tracer.sites.thread_pool import BottomHalves, HalfMembers
+from tracer.sites.thread_pool import BottomHalves, HalfMembers, Mark
 
 _MAX_HOPS = 3
 
 
 def bottom_half_layout(
-    program: Program, halves: BottomHalves, schedule: int | None, inlined: tuple[int, int] | None, named: bool
+    program: Program, halves: BottomHalves, schedule: int | None, inlined: Mark | None, named: bool
 ) -> BottomHalfLayout:
     """The offsets in QEMUBH; NotProved if the code does not show them.
 
     `schedule` is qemu_bh_schedule(); `inlined` is offset and width of the mark where a caller of it was
     seen to make that itself; `named` tells that there are names.
     """
-    marks = [] if inlined is None else [inlined]
+    marks = [] if inlined is None else [(inlined.offset, inlined.width)]
     if schedule is not None:
         marks.append(_mark(program, schedule))
     flags, width = agreed("QEMUBH.flags", *marks)

@@ -98,6 +98,8 @@ def _completion_and_worker(program: Program, by_strings: bool) -> _Followed:
 
     def candidates() -> Iterator[int]:
         yield from program.addresses(*_CONSTRUCTORS)
+        completions = frozenset(program.addresses(_COMPLETION_NAME))
+        yield from sorted(program.code.users_of(completions))
         if by_strings:
             yield from hints.constructors(program.code)
 
@@ -257,8 +259,9 @@ def _bottom_half(program: Program, shown: Shown) -> BottomHalfLayout:
 
 def _barrier(program: Program, shown: Shown) -> bool | None:
     """An atomic mark that was inlined is as good as one in qemu_bh_schedule() itself."""
-    if read_inlined_schedule(program.flow(shown.worker), shown.halves.completion_bh) is not None:
-        return True
+    mark = read_inlined_schedule(program.flow(shown.worker), shown.halves.completion_bh)
+    if mark is not None:
+        return mark.atomic
     return schedules_with_barrier(program, shown.schedule)
 
 

@@ -6,7 +6,7 @@ Does not know what the functions are for.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable
 from functools import cached_property
 from typing import Protocol
 
@@ -17,6 +17,7 @@ from tracer.sites.isa import Control, Decoder, Imm, Instruction, Mem
 
 _MAX_FUNCTION = 1 << 16
 _MAX_PARTS = 8
+_MAX_NO_RETURN = 256  # functions that print and abort are short
 _NO_RETURN = frozenset(
     (
         "__assert",
@@ -73,6 +74,7 @@ class Code:
         self.convention = decoder.convention
         self._flows: dict[int, Flow] = {}
         self._returning: dict[int, bool] = {}
+        self._users: dict[frozenset[int], frozenset[int]] = {}
 
     def flow(self, address: int) -> Flow:
         """The function at `address`, followed; FlowError if it cannot be."""
@@ -109,18 +111,35 @@ class Code:
     def _returns(self, target: int) -> bool:
         known = self._returning.get(target)
         if known is None:
-            known = self.image.plt_name(target) not in _NO_RETURN
+            name = self.image.plt_name(target)
+            known = self._has_return(target) if name is None else name not in _NO_RETURN
             self._returning[target] = known
         return known
 
+    def _has_return(self, target: int) -> bool:
+        """Whether a function of the image may come back; one such as error_exit() shows that it does not."""
+        bounds = self.image.bounds(target)
+        if bounds is None or bounds.start != target or bounds.end - target > _MAX_NO_RETURN:
+            return True
+        for step in self.decoder.decode(self.image.read(target, bounds.end - target), target):
+            leaves = step.control in (Control.JUMP, Control.BRANCH) and (
+                step.target is None or step.target not in bounds
+            )
+            if step.control is Control.RETURN or leaves:
+                return True
+        return False
+
     # Who uses what.
 
-    def users(self, target: int) -> frozenset[int]:
-        """The starts of the functions whose code takes the address `target`."""
-        return self.users_of(frozenset((target,)))
-
-    def users_of(self, targets: Collection[int]) -> frozenset[int]:
+    def users_of(self, targets: frozenset[int]) -> frozenset[int]:
         """The starts of the functions (or of their parts elsewhere) whose code takes one of these addresses."""
+        if not targets:
+            return frozenset()
+        if targets not in self._users:
+            self._users[targets] = self._find_users(targets)
+        return self._users[targets]
+
+    def _find_users(self, targets: frozenset[int]) -> frozenset[int]:
         found = set()
         for start, code in self._texts:
             for at, target in self.decoder.references(code, start, targets):

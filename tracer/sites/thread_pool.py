@@ -19,6 +19,7 @@ from tracer.sites.flow import (
     Exchanged,
     Flow,
     Load,
+    Merged,
     Part,
     Stored,
     Sum,
@@ -67,6 +68,15 @@ class BottomHalves:
     creator: int | None
     members: HalfMembers | None
     name: int | None
+
+
+@dataclass(frozen=True)
+class Mark:
+    """Where a bottom half says that it is scheduled (offset and width in QEMUBH), and how that is set."""
+
+    offset: int
+    width: int
+    atomic: bool
 
 
 @dataclass(frozen=True)
@@ -123,6 +133,7 @@ class Submit:
     constants: frozenset[int]  # numbers that were stored in the element, or its allocation got
     counters: Counters
     linked: int  # where it is linked into pool->head
+    queued_at: int  # and where into pool->request_list
     allocator: int | None  # what allocated the element: qemu_aio_get(), if it is not inlined
 
 
@@ -173,12 +184,13 @@ def read_schedule(flow: Flow, done: Done, completion_bh: int) -> int | None:
     return targets.pop() if len(targets) == 1 else None
 
 
-def read_inlined_schedule(flow: Flow, completion_bh: int) -> tuple[int, int] | None:
-    """Offset and width of the mark in QEMUBH, where worker_thread() makes it itself."""
+def read_inlined_schedule(flow: Flow, completion_bh: int) -> Mark | None:
+    """The mark in QEMUBH, where worker_thread() makes it itself; before v2.3 that was a plain store."""
     marks = {
-        (event.offset, event.width)
+        Mark(event.offset, event.width, atomic=isinstance(event, Exchanged))
         for event in flow.events
-        if isinstance(event, Exchanged) and event.width in (1, 4) and _is_member(event.base, completion_bh)
+        if isinstance(event, Exchanged | Stored) and _is_member(event.base, completion_bh)
+        if (event.width in (1, 4) if isinstance(event, Exchanged) else (event.width, event.value) == (1, Const(1)))
     }
     return marks.pop() if len(marks) == 1 else None
 
@@ -344,6 +356,7 @@ def _submit(flow: Flow, link: Stored, queue: Stored) -> Submit:
         frozenset(value.value for value in constants if isinstance(value, Const)),
         _counters(flow, pool),
         link.at,
+        queue.at,
         taken[0].target if len(taken) == 1 and len(taken[0].arguments) else None,
     )
 
@@ -388,7 +401,7 @@ def _unlock(flow: Flow, pool: Value, queue: Stored) -> Called:
     locks = {
         call.arguments[0]
         for call in _calls(flow)
-        if _is_inside(call.arguments[0], pool) and flow.always_before(call.at, queue.at)
+        if _is_inside(flow, call.arguments[0], pool) and flow.always_before(call.at, queue.at)
     }
     found = [
         call
@@ -404,7 +417,13 @@ def _unlock(flow: Flow, pool: Value, queue: Stored) -> Called:
     return first[0]
 
 
-def _is_inside(value: Value, pool: Value) -> bool:
+def _is_inside(flow: Flow, value: Value, pool: Value) -> bool:
+    """Whether it is an address in the pool, which may be made on one of the ways that lead here."""
+    if isinstance(value, Merged):
+        inner = flow.origins(value)
+        return (
+            all(isinstance(each, Sum) for each in inner) and len({e.offset for e in inner if isinstance(e, Sum)}) == 1
+        )
     return isinstance(value, Sum) and value.base == pool
 
 
@@ -502,10 +521,17 @@ def _inlined_halves(flow: Flow, is_code: Callable[[int], bool]) -> tuple[BottomH
         for pointer in stores
         if (pointer.base, pointer.value) == (function.base, kept.base)
     ]
-    if len(made) != 2 or made[0][1].base != made[1][1].base or made[0][0].offset != made[1][0].offset:
-        raise NotProved(f"the pool's constructor makes {len(made)} bottom halves, not 2")
-    functions = [function.value.value for function, _, _ in made if isinstance(function.value, Const)]
-    first, second = (_inlined_half(stores, *each) for each in made)
+    pairs = [
+        (first, second)
+        for number, first in enumerate(made)
+        for second in made[number + 1 :]
+        if first[1].base == second[1].base and first[1].offset != second[1].offset
+        if (first[0].offset, first[2].offset) == (second[0].offset, second[2].offset)
+    ]
+    if len(pairs) != 1:
+        raise NotProved(f"the pool's constructor makes {len(pairs)} pairs of bottom halves, not 1")
+    functions = [function.value.value for function, _, _ in pairs[0] if isinstance(function.value, Const)]
+    first, second = (_inlined_half(stores, *each) for each in pairs[0])
     return (
         replace(first, completion=functions[0], spawn=functions[1]),
         replace(second, completion=functions[1], spawn=functions[0]),
