@@ -177,6 +177,12 @@ CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
     metavar="SOCKET",
     help="Free a lost completion at its alert, through this QMP socket of the one --pid.",
 )
+@click.option(
+    "--locate",
+    "locate_by",
+    type=click.Choice(("usdt", "symbols", "code", "dwarf")),
+    help="Find the probe sites in this way only: usdt, symbols, code or dwarf.",
+)
 @click.option("--json", "as_json", is_flag=True, help="One JSON object a line on standard output.")
 @click.option("-v", "--verbose", is_flag=True, help="Say more.")
 @click.version_option(__version__, prog_name="aio-trace", message="%(prog)s %(version)s")
@@ -192,6 +198,7 @@ def aio_trace(
     mode: str,
     on_alert: str | None,
     nudge_socket: str | None,
+    locate_by: str | None,
     as_json: bool,
     verbose: bool,
 ) -> None:
@@ -212,7 +219,8 @@ def aio_trace(
     from tracer.session import Options
     from tracer.watch import Settings
 
-    options = Options(Settings(deadline, slow, mode), interval, duration or 0.0, on_alert, nudge_socket)
+    settings = Settings(deadline, slow, mode, locate_by=locate_by)
+    options = Options(settings, interval, duration or 0.0, on_alert, nudge_socket)
     ctx.exit(_trace(pids, everything, options, as_json, verbose))
 
 

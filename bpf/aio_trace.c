@@ -5,11 +5,13 @@
  * Parameters by -D:
  *   SUBMIT_REGISTER, DONE_REGISTER, CALLBACK_REGISTER   member of struct pt_regs that holds the request,
  *                                                       or "member-0x44" where it holds a place in it
+ *   SUBMIT_2_REGISTER, … SUBMIT_4_REGISTER, likewise    the same for further copies of a site, if any
  *   REQUEST_CALLBACK, REQUEST_ARG, REQUEST_RET          offsets in ThreadPoolElement
  *   ARG_AIO_TYPE, ARG_AIO_FILDES                        offsets in RawPosixAIOData, in one window of memory
  *   MAX_REQUESTS                                        requests followed at once
  *   MAX_STATISTICS                                      kinds times files that are told apart
  *   DEADLINE_NS                                         from when on a callback is late
+ *   CALLBACK_MAY_BE_NULL                                1: the callback site is reached without a callback, too
  *   WITH_SUBMIT                                         1: the submit probe is attached, 0: it is not
  *   HAVE_CMPXCHG                                        1: the kernel has atomic compare and exchange (5.12)
  *
@@ -131,6 +133,19 @@ static inline __attribute__((always_inline)) void record_callback(struct statist
         add(&s->late, 1);
 }
 
+/* Whether the request has no callback: being done was all. Only some callback sites see such. */
+static inline __attribute__((always_inline)) bool nobody_waits(u64 request)
+{
+#if CALLBACK_MAY_BE_NULL
+    u64 callback = 1;
+
+    bpf_probe_read_user(&callback, sizeof(callback), (void *)(request + REQUEST_CALLBACK));
+    return !callback;
+#else
+    return false;
+#endif
+}
+
 #if WITH_SUBMIT
 /* Kind and file by RawPosixAIOData, believed only where exactly one operation's bit is set. Other users
  * of the pool (qcow2 compression and encryption) have sizes and offsets there. */
@@ -161,9 +176,8 @@ static inline __attribute__((always_inline)) void read_operation(struct request_
     record->fd = words[(ARG_AIO_FILDES - ARG_FROM) / 4];
 }
 
-int on_submit(struct pt_regs *ctx)
+static inline __attribute__((always_inline)) int at_submit(u64 request)
 {
-    u64 request = ctx->SUBMIT_REGISTER;
     u64 words[WORDS_TO_ARG] = {};
     struct request_record record = {.fd = NO_FD};
     struct statistics *s;
@@ -192,9 +206,8 @@ int on_submit(struct pt_regs *ctx)
     return 0;
 }
 
-int on_done(struct pt_regs *ctx)
+static inline __attribute__((always_inline)) int at_done(u64 request)
 {
-    u64 request = ctx->DONE_REGISTER;
     u64 now = bpf_ktime_get_ns();
     struct request_record *record = requests.lookup(&request);
     struct statistics *s;
@@ -220,15 +233,14 @@ int on_done(struct pt_regs *ctx)
     return 0;
 }
 
-int on_callback(struct pt_regs *ctx)
+static inline __attribute__((always_inline)) int at_callback(u64 request)
 {
-    u64 request = ctx->CALLBACK_REGISTER;
     u64 now = bpf_ktime_get_ns();
     struct request_record *record = requests.lookup(&request);
     struct statistics *s = record ? counts_of(record->kind, record->fd) : counts_of(KIND_OTHER, NO_FD);
     int ret = 0;
 
-    if (!s)
+    if (!s || nobody_waits(request))
         return 0;
     if (!record || (record->flags & FLAG_BEFORE)) {
         add(&s->before, 1);
@@ -256,9 +268,8 @@ int on_callback(struct pt_regs *ctx)
 
 #else /* done and callback only */
 
-int on_done(struct pt_regs *ctx)
+static inline __attribute__((always_inline)) int at_done(u64 request)
 {
-    u64 request = ctx->DONE_REGISTER;
     struct request_record record = {.done_ns = bpf_ktime_get_ns(), .fd = NO_FD};
     struct statistics *s = counts_of(KIND_OTHER, NO_FD);
 
@@ -270,15 +281,14 @@ int on_done(struct pt_regs *ctx)
     return 0;
 }
 
-int on_callback(struct pt_regs *ctx)
+static inline __attribute__((always_inline)) int at_callback(u64 request)
 {
-    u64 request = ctx->CALLBACK_REGISTER;
     u64 now = bpf_ktime_get_ns();
     struct request_record *record = requests.lookup(&request);
     struct statistics *s = counts_of(KIND_OTHER, NO_FD);
     int ret = 0;
 
-    if (!s)
+    if (!s || nobody_waits(request))
         return 0;
     if (!record) {
         bpf_probe_read_user(&ret, sizeof(ret), (void *)(request + REQUEST_RET));
@@ -296,5 +306,79 @@ int on_callback(struct pt_regs *ctx)
     }
     requests.delete(&request);
     return 0;
+}
+#endif
+
+/* One program for each register in which a site, or one of its copies, holds the request. */
+#ifdef SUBMIT_REGISTER
+int on_submit(struct pt_regs *ctx)
+{
+    return at_submit(ctx->SUBMIT_REGISTER);
+}
+#endif
+#ifdef SUBMIT_2_REGISTER
+int on_submit_2(struct pt_regs *ctx)
+{
+    return at_submit(ctx->SUBMIT_2_REGISTER);
+}
+#endif
+#ifdef SUBMIT_3_REGISTER
+int on_submit_3(struct pt_regs *ctx)
+{
+    return at_submit(ctx->SUBMIT_3_REGISTER);
+}
+#endif
+#ifdef SUBMIT_4_REGISTER
+int on_submit_4(struct pt_regs *ctx)
+{
+    return at_submit(ctx->SUBMIT_4_REGISTER);
+}
+#endif
+#ifdef DONE_REGISTER
+int on_done(struct pt_regs *ctx)
+{
+    return at_done(ctx->DONE_REGISTER);
+}
+#endif
+#ifdef DONE_2_REGISTER
+int on_done_2(struct pt_regs *ctx)
+{
+    return at_done(ctx->DONE_2_REGISTER);
+}
+#endif
+#ifdef DONE_3_REGISTER
+int on_done_3(struct pt_regs *ctx)
+{
+    return at_done(ctx->DONE_3_REGISTER);
+}
+#endif
+#ifdef DONE_4_REGISTER
+int on_done_4(struct pt_regs *ctx)
+{
+    return at_done(ctx->DONE_4_REGISTER);
+}
+#endif
+#ifdef CALLBACK_REGISTER
+int on_callback(struct pt_regs *ctx)
+{
+    return at_callback(ctx->CALLBACK_REGISTER);
+}
+#endif
+#ifdef CALLBACK_2_REGISTER
+int on_callback_2(struct pt_regs *ctx)
+{
+    return at_callback(ctx->CALLBACK_2_REGISTER);
+}
+#endif
+#ifdef CALLBACK_3_REGISTER
+int on_callback_3(struct pt_regs *ctx)
+{
+    return at_callback(ctx->CALLBACK_3_REGISTER);
+}
+#endif
+#ifdef CALLBACK_4_REGISTER
+int on_callback_4(struct pt_regs *ctx)
+{
+    return at_callback(ctx->CALLBACK_4_REGISTER);
 }
 #endif

@@ -9,12 +9,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from tracer.debug_files import Place
 from tracer.elf import Bounds, Image
 from tracer.errors import FaultError, NotQemu, SitesNotFound, TargetError
 from tracer.memory import MemoryReader, read_u64
 from tracer.pools import PoolReader
 from tracer.sites import locate
 from tracer.sites.model import Located
+from tracer.target import Target
 from tracer.view import ProcessView
 
 #: worker_thread (util/thread-pool.c) is no longer than this in any build seen; bytes.
@@ -50,24 +52,29 @@ class Loaded:
         return None
 
 
-def read_build(path: str, name: str, only: str | None = None) -> Build:
-    """What the executable at `path` tells; `name` is what people call it.
+def read_build(path: str, name: str, only: str | None = None, place: Place | None = None) -> Build:
+    """What the executable at `path` tells; `name` is what people call it, `place` where its debug files may be.
 
     Raises SitesNotFound, NotQemu or ImageError.
     """
     with Image.open(path) as image:
-        return build_of(image, name, only)
+        return build_of(image, name, only, place)
 
 
-def build_of(image: Image, name: str, only: str | None = None) -> Build:
+def build_of(image: Image, name: str, only: str | None = None, place: Place | None = None) -> Build:
     """As read_build, of a file that is open already."""
     version = image.qemu_version()
     try:
-        located = locate(image, only)
+        located = locate(image, only, place)
     except SitesNotFound as error:
         raise _not_located(name, version, error) from error
     bounds = {function: image.bounds(address) for function, address in located.functions.items()}
     return Build(located, version, image.entry, image.machine, {name: found for name, found in bounds.items() if found})
+
+
+def debug_place(target: Target) -> Place:
+    """Where the debug files of a process's executable may be: under its own root, or the host's."""
+    return Place(target.exe.removesuffix(" (deleted)"), (f"/proc/{target.pid}/root", "/"))
 
 
 def _not_located(name: str, version: str | None, error: SitesNotFound) -> TargetError | SitesNotFound:

@@ -11,6 +11,8 @@ import stat
 import time
 from dataclasses import dataclass
 
+from tracer.build import debug_place
+from tracer.debug_files import Place
 from tracer.elf import Image
 from tracer.errors import AioTraceError, ImageError, NotPermitted, NotQemu
 from tracer.events import Checked, HostNeed
@@ -18,7 +20,7 @@ from tracer.host import host_needs
 from tracer.known_bugs import bug_notes
 from tracer.memory import LiveMemory
 from tracer.sites import NoStrategyWorked, locate
-from tracer.sites.model import Attempt, Located
+from tracer.sites.model import SITE_NAMES, Attempt, Located
 from tracer.target import Target, open_target, qemu_hint
 
 #: What a uprobe costs a hit, in microseconds, measured in a VM; on bare metal the dear one is about twice
@@ -44,7 +46,9 @@ def check_process(pid: int, only: str | None = None) -> Findings:
         error.hint = (error.hint or "").replace("aio-trace --pid", "aio-trace check --pid")
         raise
     memory = _memory_need(target)
-    return _check(target.image_path, target.exe, f"process {pid} ({target.exe})", pid, (memory,), only)
+    return _check(
+        target.image_path, target.exe, f"process {pid} ({target.exe})", pid, (memory,), only, debug_place(target)
+    )
 
 
 def check_file(path: str, only: str | None = None) -> Findings:
@@ -56,16 +60,18 @@ def check_file(path: str, only: str | None = None) -> Findings:
         raise ImageError(f"cannot read {path}: {reason}") from error
     if not regular:
         raise ImageError(f"{path} is not a file", "aio-trace check --exe /usr/bin/qemu-system-x86_64")
-    return _check(path, path, path, None, (), only)
+    return _check(path, path, path, None, (), only, None)
 
 
-def _check(path: str, exe: str, name: str, pid: int | None, needs: tuple[HostNeed, ...], only: str | None) -> Findings:
+def _check(
+    path: str, exe: str, name: str, pid: int | None, needs: tuple[HostNeed, ...], only: str | None, place: Place | None
+) -> Findings:
     with _open(path, exe) as image:
         if image.qemu_evidence() is None:
             hint = "pgrep -a qemu" if pid is None else qemu_hint(pid)
             raise NotQemu(f"{name} is no QEMU: it has neither a QEMU version nor a thread pool", hint)
         version, build_id, machine = image.qemu_version(), image.build_id, image.machine
-        located, attempts, failure = _locate(image, only)
+        located, attempts, failure = _locate(image, only, place)
     host = (*host_needs(), *needs)
     barriers = located.barrier_fixed if located else None
     event = Checked(
@@ -77,7 +83,7 @@ def _check(path: str, exe: str, name: str, pid: int | None, needs: tuple[HostNee
         machine,
         bug_notes(version, machine, barriers),
         barriers,
-        tuple(located.sites.values()) if located else (),
+        located.sites_of(*SITE_NAMES) if located else (),
         located.layout if located else None,
         attempts,
         host,
@@ -104,9 +110,11 @@ def _is_script(path: str) -> bool:
         return False
 
 
-def _locate(image: Image, only: str | None) -> tuple[Located | None, tuple[Attempt, ...], NoStrategyWorked | None]:
+def _locate(
+    image: Image, only: str | None, place: Place | None
+) -> tuple[Located | None, tuple[Attempt, ...], NoStrategyWorked | None]:
     try:
-        located = locate(image, only)
+        located = locate(image, only, place)
     except NoStrategyWorked as error:
         error.hint = error.hint or DEBUG_SYMBOLS
         return None, error.attempts, error
@@ -122,7 +130,7 @@ def notes_on(exe: str, pid: int | None, version: str | None, located: Located | 
         )
     if version is None:
         notes.append("no version was found in the file, so bugs by version cannot be told")
-    for site in located.sites.values() if located else ():
+    for site in located.sites_of(*SITE_NAMES) if located else ():
         if not site.cheap:
             notes.append(
                 f"{site.name}: only an instruction was found that the kernel single-steps ({site.instruction}): "

@@ -13,7 +13,7 @@ import mmap
 import os
 import re
 import struct
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -32,6 +32,8 @@ _SHT_SYMTAB, _SHT_NOBITS = 2, 8
 _DT_PLTRELSZ, _DT_HASH, _DT_STRTAB, _DT_SYMTAB, _DT_RELA, _DT_RELASZ = 2, 4, 5, 6, 7, 8
 _DT_STRSZ, _DT_JMPREL, _DT_GNU_HASH = 10, 23, 0x6FFFFEF5
 _NT_GNU_BUILD_ID = 3
+_NT_STAPSDT = 3
+_STT_FUNC = 2
 _SYMBOL_SIZE = _RELA_SIZE = 24
 
 # A walk that a sound file ends long before; a damaged one must not take hours.
@@ -89,6 +91,17 @@ class Symbol:
 
 
 @dataclass(frozen=True)
+class StaticProbe:
+    """One NT_STAPSDT note (a USDT probe, as <sys/sdt.h> makes them); `semaphore` is 0 where there is none."""
+
+    provider: str
+    name: str
+    address: int
+    semaphore: int
+    arguments: str
+
+
+@dataclass(frozen=True)
 class Bounds:
     """A function's (or a part's) first address and the one after its last."""
 
@@ -112,7 +125,8 @@ class _SymbolTable:
 class Image:
     """A read-only ELF file; use Image.open(). Close it, or use it as a context manager."""
 
-    def __init__(self, path: str, data: mmap.mmap) -> None:
+    def __init__(self, path: str, data: mmap.mmap | bytes, debug: bool = False) -> None:
+        """`debug`: a file that holds symbols and debug information only; its segments may lack their bytes."""
         self._path = path
         self._data = data
         ident = self._bytes(0, 16)
@@ -126,6 +140,7 @@ class Image:
         if machine not in _MACHINES:
             raise ImageError(f"{path} is for machine {machine}, not x86-64 or aarch64")
         self._machine = _MACHINES[machine]
+        self._debug = debug
         self._headers = tuple(self._program_headers(phoff, phentsize, phnum))
         self._segments = tuple(
             Segment(vaddr, offset, filesz, memsz, flags)
@@ -136,7 +151,7 @@ class Image:
             raise ImageError(f"{path} has no loadable segment")
 
     @classmethod
-    def open(cls, path: str | os.PathLike[str]) -> Image:
+    def open(cls, path: str | os.PathLike[str], debug: bool = False) -> Image:
         """Map the file (a path such as /proc/PID/exe will do); ImageError if that cannot be."""
         name = os.fspath(path)
         try:
@@ -146,13 +161,19 @@ class Image:
             reason = error.strerror if isinstance(error, OSError) else "the file is empty"
             raise ImageError(f"cannot read {name}: {reason}") from error
         try:
-            return cls(name, data)
+            return cls(name, data, debug)
         except BaseException:
             data.close()
             raise
 
+    @classmethod
+    def of_bytes(cls, name: str, data: bytes, debug: bool = False) -> Image:
+        """An ELF file in memory; `name` is what errors call it."""
+        return cls(name, data, debug)
+
     def close(self) -> None:
-        self._data.close()
+        if isinstance(self._data, mmap.mmap):
+            self._data.close()
 
     def __enter__(self) -> Image:
         return self
@@ -195,9 +216,23 @@ class Image:
                     return found
         return None
 
+    @cached_property
+    def static_probes(self) -> tuple[StaticProbe, ...]:
+        """The probes of .note.stapsdt, wherever prelink has moved them to."""
+        notes = self.section(".note.stapsdt")
+        if notes is None:
+            return ()
+        base = self.section(".stapsdt.base")
+        raw = self.section_bytes(notes)
+        return tuple(_static_probes(raw, base.address if base else None))
+
     def section(self, name: str) -> Section | None:
         """The section of that name; None if there is none (or no section headers)."""
         return next((section for section in self._sections if section.name == name), None)
+
+    def whole(self) -> bytes:
+        """All of the file."""
+        return self._bytes(0, len(self._data))
 
     def section_bytes(self, section: Section) -> bytes:
         return b"" if section.kind == _SHT_NOBITS else self._bytes(section.offset, section.size)
@@ -235,12 +270,62 @@ class Image:
 
     def symbol(self, name: str) -> Symbol | None:
         """The defined symbol of that name: .dynsym (by its hash table), then .symtab."""
-        wanted = name.encode()
-        for index in self._dynamic_candidates(wanted):
+        exported = self.exported(name)
+        if exported is not None:
+            return exported
+        return next((found for found in self._in_symtab(name.encode()) if found.name == name), None)
+
+    def exported(self, name: str) -> Symbol | None:
+        """The defined symbol of that name in .dynsym."""
+        for index in self._dynamic_candidates(name.encode()):
             found = self._symbol_at(self._dynsym, index)
             if found is not None and found.name == name:
                 return found
-        return next((found for found in self._in_symtab(wanted) if found.name == name), None)
+        return None
+
+    def strings(self, wanted: bytes, whole: bool = True) -> tuple[int, ...]:
+        """The addresses of a C string in the read-only data; unless `whole`, of those that end with it.
+
+        Linkers keep one copy of strings with a common end, so its address may lie inside a longer one.
+        """
+        found = []
+        for start, data in self._constant_parts():
+            at = data.find(wanted + b"\0")
+            for _ in range(_MAX_HITS):
+                if at < 0:
+                    break
+                begin = at if whole else data.rfind(b"\0", 0, at) + 1
+                found.append(start + begin)
+                at = data.find(wanted + b"\0", at + 1)
+        return tuple(found)
+
+    @property
+    def has_symtab(self) -> bool:
+        """Whether there is a .symtab, which names the functions that are not exported, too."""
+        return self._symtab is not None
+
+    def functions_named(self, name: str) -> tuple[Symbol, ...]:
+        """All functions in .dynsym and .symtab of that name, or with a suffix to it such as `.isra.0`."""
+        exported = self.exported(name)
+        found = [] if exported is None else [exported]
+        table = self._symtab
+        if table is not None:
+            found += self._suffixed(table, name.encode())
+        return tuple(dict.fromkeys(found))
+
+    def _suffixed(self, table: _SymbolTable, name: bytes) -> Iterator[Symbol]:
+        rows = self._bytes(table.offset, table.size)
+        strings = self._bytes(table.strings, table.strings_size)
+        at = strings.find(name)
+        for _ in range(_MAX_HITS):
+            if at < 0:
+                return
+            if strings[at + len(name) : at + len(name) + 1] in (b"\0", b"."):
+                for index in _rows(rows, _SYMBOL_SIZE, 0, struct.pack("<I", at)):
+                    found = self._symbol_at(table, index)
+                    if found is not None and rows[index * _SYMBOL_SIZE + 4] & 15 == _STT_FUNC:
+                        yield found
+            at = strings.find(name, at + 1)
 
     def symbol_names_at(self, address: int) -> tuple[str, ...]:
         """Names of all symbols defined at exactly that address."""
@@ -293,6 +378,15 @@ class Image:
         start, frame = struct.unpack_from("<ii", table, row * 8)
         return base + start, base + frame
 
+    def functions_in(self, start: int, end: int) -> tuple[int, ...]:
+        """The starts of the functions and parts between two addresses, by the unwind table."""
+        if self._unwind_table is None:
+            return ()
+        base, _, table = self._unwind_table
+        starts = _Starts(table)
+        first, last = (bisect_left(starts, address - base) for address in (start, end))
+        return tuple(base + starts[row] for row in range(first, min(last, first + _MAX_HITS)))
+
     # QEMU's own mark.
 
     @cached_property
@@ -335,7 +429,7 @@ class Image:
             raise ImageError(f"{self._path} is damaged: program headers of {size} bytes")
         for number in range(count):
             kind, flags, start, vaddr, _, filesz, memsz = self._unpack("<IIQQQQQ", offset + number * size)
-            if kind == _PT_LOAD and start + filesz > len(self._data):
+            if kind == _PT_LOAD and start + filesz > len(self._data) and not self._debug:
                 raise ImageError(f"{self._path} is damaged: a segment ends behind the file")
             yield kind, flags, start, vaddr, filesz, memsz
 
@@ -372,13 +466,16 @@ class Image:
 
     def _constants(self) -> Iterator[bytes]:
         """The read-only data: what is loaded from the file neither writable nor executable."""
+        return (data for _, data in self._constant_parts())
+
+    def _constant_parts(self) -> Iterator[tuple[int, bytes]]:
         section = self.section(".rodata")
         if section is not None:
-            yield self.section_bytes(section)
+            yield section.address, self.section_bytes(section)
             return
         for segment in self._segments:
             if not segment.flags & 2:
-                yield self._bytes(segment.offset, segment.filesz)
+                yield segment.vaddr, self._bytes(segment.offset, segment.filesz)
 
     @cached_property
     def _dynamic(self) -> dict[int, int]:
@@ -531,6 +628,23 @@ class _Starts:
 
     def __getitem__(self, row: int) -> int:
         return int(struct.unpack_from("<i", self._table, row * 8)[0])
+
+
+def _static_probes(raw: bytes, base: int | None) -> Iterator[StaticProbe]:
+    at = 0
+    while at + 12 <= len(raw):
+        namesz, descsz, kind = struct.unpack_from("<III", raw, at)
+        start = at + 12 + (namesz + 3 & ~3)
+        end = start + descsz
+        if end > len(raw):
+            return
+        texts = raw[start + 24 : end].split(b"\0")
+        if kind == _NT_STAPSDT and raw[at + 12 : at + 12 + namesz] == b"stapsdt\0" and len(texts) >= 3:
+            address, was, semaphore = struct.unpack_from("<QQQ", raw, start)
+            moved = base - was if base and was else 0
+            provider, name, arguments = (text.decode("utf-8", "replace") for text in texts[:3])
+            yield StaticProbe(provider, name, address + moved, semaphore + moved if semaphore else 0, arguments)
+        at = start + (descsz + 3 & ~3)
 
 
 def _rows(table: bytes, row: int, column: int, pattern: bytes) -> Iterator[int]:

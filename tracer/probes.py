@@ -40,7 +40,8 @@ BPF_NOEXIST, BPF_EXIST = 1, 2
 MAX_STATISTICS = 1024
 NO_FD = -1
 
-PROGRAMS = {SUBMIT: "on_submit", DONE: "on_done", CALLBACK: "on_callback"}
+#: bpf/aio_trace.c has as many programs for each site, one a register.
+MAX_REGISTERS = 4
 UPROBE_PMU = "/sys/bus/event_source/devices/uprobe/type"
 CAP_SYS_ADMIN, CAP_PERFMON, CAP_BPF = 21, 38, 39
 
@@ -247,7 +248,6 @@ def source_folder() -> Path:
 
 def compile_flags(sites: Sequence[Site], element: ElementLayout, what: Parameters, cmpxchg: bool) -> list[str]:
     """The -D parameters of bpf/aio_trace.c for these sites and offsets."""
-    by_name = {site.name: site for site in sites}
     flags = {
         "REQUEST_CALLBACK": element.callback,
         "REQUEST_ARG": element.arg,
@@ -257,11 +257,31 @@ def compile_flags(sites: Sequence[Site], element: ElementLayout, what: Parameter
         "MAX_REQUESTS": what.max_requests,
         "MAX_STATISTICS": MAX_STATISTICS,
         "DEADLINE_NS": f"{int(what.deadline_s * 1e9)}ULL",
-        "WITH_SUBMIT": int(SUBMIT in by_name),
+        "WITH_SUBMIT": int(any(site.name == SUBMIT for site in sites)),
+        "CALLBACK_MAY_BE_NULL": int(any(site.without_callback for site in sites)),
         "HAVE_CMPXCHG": int(cmpxchg),
     }
-    registers = [f"-D{name.upper()}_REGISTER={_member(site.register)}" for name, site in by_name.items()]
-    return [f"-I{source_folder()}", *(f"-D{name}={value}" for name, value in flags.items()), *registers]
+    registers = {program.upper().removeprefix("ON_"): register for program, (_, register) in programs(sites).items()}
+    return [
+        f"-I{source_folder()}",
+        *(f"-D{name}={value}" for name, value in flags.items()),
+        *(f"-D{name}_REGISTER={_member(register)}" for name, register in registers.items()),
+    ]
+
+
+def programs(sites: Sequence[Site]) -> dict[str, tuple[str, str]]:
+    """The programs that these sites need, with site name and register: one for each pair of the two.
+
+    Copies of a site that compilers inlined may hold the request in different registers.
+    """
+    found: dict[str, tuple[str, str]] = {}
+    for name in dict.fromkeys(site.name for site in sites):
+        registers = list(dict.fromkeys(site.register for site in sites if site.name == name))
+        if len(registers) > MAX_REGISTERS:
+            raise ProbeError(f"the copies of the site {name} hold the request in {len(registers)} registers")
+        for number, register in enumerate(registers):
+            found[f"on_{name}" + (f"_{number + 1}" if number else "")] = name, register
+    return found
 
 
 def _member(register: str) -> str:
@@ -307,8 +327,8 @@ class Probes:
         source = str(source_folder() / "aio_trace.c")
         try:
             self._bpf = bcc.BPF(src_file=source.encode(), cflags=flags)
-            for site in self._sites:
-                self._bpf.load_func(PROGRAMS[site.name].encode(), bcc.BPF.KPROBE)
+            for program in programs(self._sites):
+                self._bpf.load_func(program.encode(), bcc.BPF.KPROBE)
         except Exception as error:  # bcc raises bare Exception
             return error
         return None
@@ -333,8 +353,9 @@ class Probes:
     def _attach(self, sites: Sequence[Site]) -> Exception | None:
         exe = f"/proc/{self._pid}/exe".encode()
         try:
+            names = {key: program.encode() for program, key in programs(self._sites).items()}
             for site in sites:
-                name = PROGRAMS[site.name].encode()
+                name = names[site.name, site.register]
                 self._bpf.attach_uprobe(name=exe, addr=site.address, fn_name=name, pid=self._pid)
         except Exception as error:  # bcc raises bare Exception
             return error

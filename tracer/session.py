@@ -15,7 +15,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 from tracer import probes
-from tracer.build import Build, read_build
+from tracer.build import Build, debug_place, read_build
 from tracer.errors import AioTraceError, HostError, NoSuchProcess, NotQemu, SitesNotFound, TargetExited
 from tracer.events import Alert, Event, Failure, Resolved
 from tracer.nudger import Nudger
@@ -152,6 +152,7 @@ class Session:
                     target.image_path,
                     f"process {target.pid} ({target.exe})",
                     self._options.settings.locate_by,
+                    debug_place(target),
                 )
         except NotQemu as error:
             error.hint = qemu_hint(target.pid)

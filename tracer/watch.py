@@ -93,7 +93,7 @@ class Watch:
     def attach(self, started: float) -> None:
         """Load and attach what the mode wants, adopt what is in flight; `started` is when the command began."""
         names = MODES[self._settings.mode]
-        sites = [self._build.located.sites[name] for name in names]
+        sites = self._build.located.sites_of(*names)
         if sites:
             element = self._build.located.layout.element
             order = posix_aio.order_of(self._build.version)

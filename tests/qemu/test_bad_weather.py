@@ -336,7 +336,8 @@ def test_qemu_stops_and_goes_on(qemu: Qemu) -> None:
 
 def ended_after(qemu: Qemu, number: signal.Signals, pause_s: float) -> bool:
     """Start a trace and end it after that time; whether it was attached by then."""
-    process = subprocess.Popen([*CLI, "--pid", str(qemu.pid), "--json"], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    command = [*CLI, "--pid", str(qemu.pid), "--json", "--interval", "0"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     time.sleep(pause_s)
     process.send_signal(number)
     asked = time.monotonic()
@@ -383,7 +384,8 @@ def test_ended_at_any_moment(qemu: Qemu, number: signal.Signals) -> None:
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_shower_of_signals(qemu: Qemu, number: signal.Signals) -> None:
     """An impatient user presses Ctrl-C until it is over."""
-    process = subprocess.Popen([*CLI, "--pid", str(qemu.pid), "--json"], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    command = [*CLI, "--pid", str(qemu.pid), "--json", "--interval", "0"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert process.stdout
     assert json.loads(process.stdout.readline())["event"] == "attached"
     while process.poll() is None:

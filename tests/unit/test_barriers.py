@@ -12,7 +12,7 @@ from tests.conftest import require
 from tracer.elf import Image
 from tracer.sites.bottom_half import schedules_with_barrier
 from tracer.sites.decoders import decoder_for
-from tracer.sites.program import DynamicNames, Program
+from tracer.sites.program import Code, DynamicNames, Program
 
 # What is common to all: a list of bottom halves, a way to tell the loop, and plain or atomic marks.
 PROGRAM = r"""
@@ -110,7 +110,7 @@ def built(folder: Path, defines: tuple[str, ...], level: str, poll: str = "") ->
 
 
 def read(image: Image) -> bool | None:
-    return schedules_with_barrier(Program(image, DynamicNames(image), decoder_for(image.machine)))
+    return schedules_with_barrier(Program(Code(image, decoder_for(image.machine)), DynamicNames(image)))
 
 
 @pytest.mark.parametrize("level", ["-O1", "-O2", "-O3", "-Os"])

@@ -70,7 +70,7 @@ def test_everything_is_told(qemu: str) -> None:
     for site in found["sites"]:
         assert site.keys() >= {"site", "address", "register", "instruction", "strategy", "cheap"}
         assert site["address"] == hex(int(site["address"], 16))
-    assert [a["ok"] for a in found["attempts"]][-1:] == [True]
+    assert any(a["ok"] for a in found["attempts"])
     assert BARRIERS not in {bug["commit"] for bug in found["known_bugs"]}
     needs = {need["need"]: need for need in found["host"]}
     assert needs.keys() >= {"root", "uprobes", "bpf", "bcc", "eu-stack", "gdb"}

@@ -24,6 +24,7 @@ STAGES: tuple[tuple[str, ...], ...] = (
     ("tracer.errors",),
     ("tracer.layout", "tracer.known_bugs"),
     ("tracer.target", "tracer.elf"),
+    ("tracer.debug_files",),
     ("tracer.sites", "tracer.eh_frame"),
     ("tracer.memory",),
     ("tracer.view",),

@@ -10,47 +10,59 @@ from tracer.layout import BottomHalfLayout
 from tracer.sites.flow import Argument, Called, Const, Exchanged, Flow, FlowError, Stored
 from tracer.sites.outlined import exchanges
 from tracer.sites.program import Program
-from tracer.sites.proof import NotProved, agreed, require
+from tracer.sites.proof import NotProved, agreed
+from tracer.sites.thread_pool import BottomHalves, HalfMembers, Mark
 
-_CREATORS = ("aio_bh_new_full", "aio_bh_new")
 _MAX_HOPS = 3
 
 
-def bottom_half_layout(program: Program) -> BottomHalfLayout:
-    """The offsets in QEMUBH; NotProved if the code does not show them."""
-    creator = require(program.address(*_CREATORS), "aio_bh_new is not known")
-    schedule = require(program.address("qemu_bh_schedule"), "qemu_bh_schedule is not known")
-    members = _filled(program.flow(creator))
-    named = program.address("aio_bh_new_full") is not None
-    flags, width = _mark(program, schedule)
-    return BottomHalfLayout(
-        context=agreed("QEMUBH.ctx", *members.get(0, ())),
-        callback=agreed("QEMUBH.cb", *members.get(1, ())),
-        opaque=agreed("QEMUBH.opaque", *members.get(2, ())),
-        flags=flags,
-        flags_width=width,
-        name=agreed("QEMUBH.name", *members[3]) if named and 3 in members else None,
+def bottom_half_layout(
+    program: Program, halves: BottomHalves, schedule: int | None, inlined: Mark | None, named: bool
+) -> BottomHalfLayout:
+    """The offsets in QEMUBH; NotProved if the code does not show them.
+
+    `schedule` is qemu_bh_schedule(); `inlined` is offset and width of the mark where a caller of it was
+    seen to make that itself; `named` tells that there are names.
+    """
+    marks = [] if inlined is None else [(inlined.offset, inlined.width)]
+    if schedule is not None:
+        marks.append(_mark(program, schedule))
+    flags, width = agreed("QEMUBH.flags", *marks)
+    members = halves.members if halves.creator is None else _members(program, halves.creator)
+    if members is None:
+        raise NotProved("aio_bh_new is not known")
+    name = members.name if named else None
+    return BottomHalfLayout(members.context, members.callback, members.opaque, flags, width, name)
+
+
+def _members(program: Program, creator: int) -> HalfMembers:
+    filled = _filled(program.flow(creator))
+    return HalfMembers(
+        context=agreed("QEMUBH.ctx", *filled.get(0, ())),
+        callback=agreed("QEMUBH.cb", *filled.get(1, ())),
+        opaque=agreed("QEMUBH.opaque", *filled.get(2, ())),
+        name=agreed("QEMUBH.name", *filled[3]) if 3 in filled else None,
     )
 
 
-def schedules_with_barrier(program: Program) -> bool | None:
+def schedules_with_barrier(program: Program, schedule: int | None = None) -> bool | None:
     """Whether bottom halves are scheduled with the barriers of QEMU commit e8d3b1a25f (in v2.3).
 
     Since then qemu_bh_schedule() marks a bottom half, and aio_bh_poll() takes the mark off, by an atomic
     exchange. One plain store of the two is enough to lose a wake-up. None if that cannot be seen.
     """
-    schedule = program.address("qemu_bh_schedule")
+    schedule = program.address("qemu_bh_schedule") if schedule is None else schedule
     if schedule is None:
         return None
     try:
         mark = _mark(program, schedule)
         marks = any((event.offset, event.width) == mark for event in _exchanges(program, schedule))
-        return _takes_off_atomically(program, mark) if marks else False
+        return takes_off_atomically(program, mark) if marks else False
     except (NotProved, FlowError):
         return None
 
 
-def _takes_off_atomically(program: Program, mark: tuple[int, int]) -> bool | None:
+def takes_off_atomically(program: Program, mark: tuple[int, int]) -> bool | None:
     """Whether aio_bh_poll() takes that mark (offset, width) off atomically; None if it does not show."""
     poll = program.address("aio_bh_poll")
     if poll is None:

@@ -1,19 +1,19 @@
-"""Strategy "code": exported names lead to the thread pool's code, and the code tells the rest.
+"""Strategy "code": exported names, or else strings, lead to the thread pool's code, which tells the rest.
 
-Works on stripped binaries that export their global functions for modules, as Debian's do.
+Works on stripped binaries, whether they export their global functions for modules, as Debian's do, or
+nothing at all.
 """
 
 from __future__ import annotations
 
-from tracer.elf import Image
-from tracer.sites.decoders import decoder_for
 from tracer.sites.model import Located
 from tracer.sites.pool_code import locate_by_code
 from tracer.sites.program import DynamicNames, Program
+from tracer.sites.search import Search
 
 NAME = "code"
 
 
-def locate(image: Image) -> Located:
+def locate(search: Search) -> Located:
     """All sites, proved; NotProved with the reason otherwise."""
-    return locate_by_code(Program(image, DynamicNames(image), decoder_for(image.machine)), NAME)
+    return locate_by_code(Program(search.code, DynamicNames(search.image)), NAME, by_strings=True)

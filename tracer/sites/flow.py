@@ -8,7 +8,7 @@ equal values hold the same bits. Does not know QEMU, nor any architecture.
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from heapq import heappop, heappush
@@ -55,7 +55,7 @@ class Unknown:
     """What `place` (register or slot) took from the instruction at `at`; the result of a call is one."""
 
     at: int
-    place: str | int
+    place: str | int | tuple[int, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +63,7 @@ class Merged:
     """`place` where two ways meet with different values; Flow.origins() tells which."""
 
     at: int
-    place: str | int
+    place: str | int | tuple[int, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,7 +175,9 @@ class FlowError(Exception):
     """The function cannot be followed: its code is damaged, or far too long."""
 
 
-_State = dict["str | int", Value]  # registers by name, stack slots by offset
+#: Registers by name, 8-byte stack slots by offset, 4-byte ones by (offset, 4). Halves of vector
+#: registers and slots are there only while their value is known.
+_State = dict["str | int | tuple[int, int]", Value]
 
 
 class Flow:
@@ -198,6 +200,8 @@ class Flow:
         if entry not in self.instructions:
             raise FlowError(f"no instruction at {entry:#x}")
         self._heads = self._block_heads()
+        self._states: dict[int, _State] = {}
+        self._block_of: dict[int, int] = {}
         self._follow()
         self.events = tuple(sorted(self._events, key=lambda event: event.at))
 
@@ -205,6 +209,11 @@ class Flow:
 
     def calls_to(self, target: int) -> bool:
         return any(isinstance(event, Called) and event.target == target for event in self.events)
+
+    def targets(self) -> tuple[int, ...]:
+        """What the function calls directly."""
+        found = (event.target for event in self.events if isinstance(event, Called))
+        return tuple(dict.fromkeys(target for target in found if target is not None))
 
     def origins(self, value: Value) -> frozenset[Value]:
         """The values that meet in a Merged one, however deep; else the value itself."""
@@ -222,6 +231,33 @@ class Flow:
                 found.add(each)
         return frozenset(found)
 
+    def meeting(self, value: Value) -> frozenset[Value]:
+        """The Merged values that meet in a value, itself among them."""
+        seen: set[Value] = set()
+        todo = [value]
+        while todo:
+            each = todo.pop()
+            if isinstance(each, Merged) and each not in seen:
+                seen.add(each)
+                todo.extend(self._sources.get(each, ()))
+        return frozenset(seen)
+
+    def is_direct_call(self, at: int) -> bool:
+        """Whether the instruction at `at` calls a fixed address."""
+        step = self.instructions[at]
+        return step.control is Control.CALL and step.target is not None
+
+    def onward(self, start: int, most: int) -> tuple[int, ...]:
+        """Up to `most` instructions that can follow `start`, the nearest first."""
+        seen: dict[int, None] = {}
+        todo = deque(self._successors[start])
+        while todo and len(seen) < most:
+            at = todo.popleft()
+            if at not in seen:
+                seen[at] = None
+                todo.extend(self._successors[at])
+        return tuple(seen)
+
     def reaches(self, start: int, goal: int, avoiding: int) -> bool:
         """Whether control can come from `start` to `goal` without passing `avoiding`."""
         return goal in self._reachable(start, avoiding)
@@ -236,6 +272,31 @@ class Flow:
             if at == start or not (self._successors[at] or self._stops(at)):
                 return False
         return True
+
+    def between(self, start: int, goal: int) -> Iterator[int]:
+        """The instructions that every way from `start` to `goal` passes, but not `start` itself."""
+        region = self._reachable(start, avoiding=goal, onward=True) | {goal}
+        for at in sorted(region):
+            if at == goal or goal not in self._reachable(start, avoiding=at, onward=True):
+                yield at
+
+    def registers_at(self, at: int) -> Mapping[str, Value] | None:
+        """The general registers when `at` is reached; None where nothing is known to lead there."""
+        head = self._block_of.get(at)
+        if head is None:
+            return None
+        state = dict(self._states[head])
+        self._run_block(head, state, until=at)
+        return {name: state[name] for name in self._convention.registers}
+
+    def holders_at(self, at: int, value: Value) -> tuple[str, ...]:
+        """The general registers that hold `value` when `at` is reached."""
+        registers = self.registers_at(at) or {}
+        return tuple(name for name, held in registers.items() if held == value)
+
+    def comes_again(self, at: int, avoiding: int) -> bool:
+        """Whether control can come back to `at` without passing `avoiding`."""
+        return at in self._reachable(at, avoiding, onward=True)
 
     # How the answers are found.
 
@@ -297,9 +358,10 @@ class Flow:
                         heappush(todo, head)
         for at in states:
             self._run_block(at, dict(states[at]), record=True)
+            self._states[at] = states[at]
             for place, value in states[at].items():
                 if value == Merged(at, place):
-                    self._sources[value] = {state[place] for state in incoming[at].values()}
+                    self._sources[value] = {state[place] for state in incoming[at].values() if place in state}
 
     def _initial(self) -> _State:
         state: _State = {name: Unknown(self.entry, name) for name in self._convention.registers}
@@ -307,13 +369,19 @@ class Flow:
         state[self._convention.stack] = Argument(-1)
         return state
 
-    def _run_block(self, at: int, state: _State, record: bool = False) -> tuple[int, tuple[int, ...]]:
-        """Run from a head to the block's end: how many steps, and the heads that follow."""
-        steps = 0
+    def _run_block(
+        self, at: int, state: _State, record: bool = False, until: int | None = None
+    ) -> tuple[int, tuple[int, ...]]:
+        """Run from a head to the block's end, or to `until`: how many steps, and the heads that follow."""
+        steps, head = 0, at
         machine = _Machine(state, self._convention, self._events if record else None)
         while True:
+            if at == until:
+                return steps, ()
             step = self.instructions[at]
             steps += 1
+            if record:
+                self._block_of.setdefault(at, head)
             for operation in step.operations:
                 machine.apply(step.address, operation)
             successors = self._successors[at]
@@ -391,6 +459,9 @@ class _Machine:
         for name in convention.registers:
             if name not in convention.callee_saved and name != convention.stack:
                 self._state[name] = Unknown(at, name)
+        for place in [place for place in self._state if isinstance(place, str)]:
+            if place not in convention.registers:
+                del self._state[place]
 
     def returns(self, step: Instruction) -> None:
         self._emit(Returned(step.address, self._state[self._convention.result]))
@@ -413,10 +484,15 @@ class _Machine:
         if isinstance(operand, Imm):
             return Const(operand.value & _MASK)
         if isinstance(operand, Reg):
-            return _narrow(self._state[operand.name], operand.width)
+            known = self._state.get(operand.name)
+            return Unknown(at, operand.name) if known is None else _narrow(known, operand.width)
         base, offset = self._address(operand)
-        if base == Argument(-1) and operand.width == 8 and offset in self._state:
-            return self._state[offset]
+        if base == Argument(-1):
+            slot = self._state.get(offset)
+            if slot is not None:
+                return _narrow(slot, operand.width)
+            if operand.width == 4 and (offset, 4) in self._state:
+                return self._state[(offset, 4)]
         if _depth(base) >= _MAX_DEPTH:
             return Unknown(at, "deep")
         return Load(base, offset, operand.width, at)
@@ -443,8 +519,12 @@ class _Machine:
     def _store_slot(self, offset: int, width: int, value: Value) -> None:
         for near in range(offset - 7, offset + width):
             self._state.pop(near, None)
+        for near in range(offset - 3, offset + width):
+            self._state.pop((near, 4), None)
         if width == 8:
             self._state[offset] = value
+        elif width == 4:
+            self._state[(offset, 4)] = value
 
 
 def _narrow(value: Value, width: int) -> Value:

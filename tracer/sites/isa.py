@@ -7,6 +7,7 @@ A decoder (tracer/sites/x86.py) makes these; tracer/sites/flow.py runs them.
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Protocol
@@ -14,7 +15,10 @@ from typing import Protocol
 
 @dataclass(frozen=True, slots=True)
 class Reg:
-    """A register by its full-width name; `width` bytes of it are meant."""
+    """A register by its full-width name; `width` bytes of it are meant.
+
+    Vector registers come in halves of 8 bytes ("xmm0", "xmm0.high"); no probe can read those.
+    """
 
     name: str
     width: int = 8
@@ -111,6 +115,11 @@ class Instruction:
     cheap: bool = False
 
     @property
+    def probeable(self) -> bool:
+        """Whether the kernel takes a probe here: it refuses some prefixes, and prefers not to be asked."""
+        return not self.text.startswith(("lock ", "rep", "xacquire", "xrelease"))
+
+    @property
     def next(self) -> int:
         return self.address + self.size
 
@@ -133,4 +142,15 @@ class Decoder(Protocol):
 
     def decode(self, code: bytes, address: int) -> list[Instruction]:
         """The instructions from `address` on, one behind the other, up to the first undecodable byte."""
+        ...
+
+    def references(self, code: bytes, address: int, targets: Collection[int]) -> Iterator[tuple[int, int]]:
+        """(where, which) of what looks like an instruction that takes the address of one of `targets`.
+
+        It is found by its bytes, without decoding: whoever uses it must prove it.
+        """
+        ...
+
+    def calls_to(self, code: bytes, address: int, target: int) -> Iterator[int]:
+        """Where there seem to be direct calls of `target`; found by their bytes, too."""
         ...

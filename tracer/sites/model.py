@@ -23,7 +23,8 @@ class Site:
     `address` is the ELF virtual address; `register` holds the ThreadPoolElement there, named as the
     architecture's manual does ("rbp", "x19"), or the address of a member of it ("x19-0x44" is the element);
     `instruction` is its disassembly; `cheap` is true when the kernel emulates it (a nop, call, jmp, jcc
-    or push), false when it must be single-stepped.
+    or push), false when it must be single-stepped. `without_callback` tells of a callback site that it is
+    reached for requests without a callback, too.
     """
 
     name: str
@@ -32,6 +33,7 @@ class Site:
     instruction: str
     strategy: str
     cheap: bool
+    without_callback: bool = False
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,7 @@ class Located:
     `qemu_bh_schedule`, `spawn_thread_bh_fn`. `main_context` is the ELF address of the pointer that
     qemu_get_aio_context() loads, or None. `barrier_fixed` tells whether qemu_bh_schedule() marks the
     bottom half atomically, as it does since QEMU commit e8d3b1a25f (in v2.3); None if that was not seen.
+    `sites` holds one site of each name; `more_sites` are further copies of one that compilers inlined.
     """
 
     sites: Mapping[str, Site]
@@ -61,3 +64,8 @@ class Located:
     main_context: int | None = None
     barrier_fixed: bool | None = None
     notes: tuple[str, ...] = field(default=())
+    more_sites: tuple[Site, ...] = ()
+
+    def sites_of(self, *names: str) -> tuple[Site, ...]:
+        """Every place to probe for these sites; all of them are needed to see every request."""
+        return tuple(site for name in names for site in (self.sites[name], *self.more_sites) if site.name == name)

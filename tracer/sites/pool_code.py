@@ -1,160 +1,290 @@
 """Sites and layout from the code of the thread pool's functions.
 
 Knows: how the functions of util/thread-pool.c lead to one another, and that what they show must agree.
-Does not know where the names come from: any strategy that can name some functions can use it.
+Does not know where the names come from: a strategy hands in what names it has, and whether strings may
+lead where no name does. Names only begin the search; what is found proves itself without them.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 
-from tracer.layout import ElementLayout, Layout, PoolLayout
-from tracer.sites.bottom_half import bottom_half_layout, schedules_with_barrier
-from tracer.sites.flow import Const, FlowError, Load, Returned
+from tracer.layout import BottomHalfLayout, ElementLayout, Layout, PoolLayout
+from tracer.sites import hints
+from tracer.sites.bottom_half import bottom_half_layout, schedules_with_barrier, takes_off_atomically
+from tracer.sites.flow import Const, Flow, FlowError, Load, Returned
 from tracer.sites.model import CALLBACK, DONE, SUBMIT, Attempt, Located, Site
 from tracer.sites.program import Program
-from tracer.sites.proof import NotProved, agreed, require
+from tracer.sites.proof import NotProved, agreed
 from tracer.sites.thread_pool import (
     BottomHalves,
     Callback,
     Done,
+    Place,
     Submit,
     read_allocator,
     read_completion,
     read_constructor,
-    read_spawn,
+    read_inlined_schedule,
+    read_schedule,
     read_submit,
     read_worker,
+    started_threads,
 )
 
 # The pool's constructor is thread_pool_new_aio since QEMU v10.0, whose thread_pool_new makes another kind.
-_CONSTRUCTORS = ("thread_pool_new_aio", "thread_pool_new", "aio_get_thread_pool")
-_CREATORS = ("aio_bh_new_full", "aio_bh_new")
-_UNLOCKS = ("qemu_mutex_unlock_impl", "qemu_mutex_unlock")
-_CALLERS = ("thread_pool_submit_co", "thread_pool_submit")
+# It is inlined into its callers, or its own callee is not inlined into it.
+_CONSTRUCTORS = ("thread_pool_init_one", "thread_pool_new_aio", "thread_pool_new", "aio_get_thread_pool")
+_SUBMITTERS = ("thread_pool_submit_aio", "thread_pool_submit_co", "thread_pool_submit")
+_ALLOCATOR = "qemu_aio_get"
 _ALSO_NAMED = ("aio_poll", "aio_bh_poll", "aio_notify", "bdrv_drain_all_begin", "bdrv_drain_all")
+_COMPLETION_NAME = "thread_pool_completion_bh"
+_MAX_SUBMITTERS = 16
 
 
 @dataclass(frozen=True)
-class _Shown:
-    """What the functions show, together."""
+class Shown:
+    """What the functions show, together. `submits` are told with the function that they were seen in."""
 
-    submitter: int
     halves: BottomHalves
     worker: int
     done: Done
     callback: Callback
-    submit: Submit
-    allocator: tuple[int, int]  # offsets of cb and opaque
+    schedule: int | None
+    submits: tuple[tuple[int, Submit], ...]
+    allocator: tuple[int, int] | None  # offsets of cb and opaque
 
 
-def locate_by_code(program: Program, strategy: str) -> Located:
+def locate_by_code(program: Program, strategy: str, by_strings: bool) -> Located:
     """All sites and the layout, proved; NotProved with the reason otherwise."""
     try:
-        shown = _read(program)
-        sites = (
-            _site(program, SUBMIT, shown.submitter, shown.submit, strategy),
-            _site(program, DONE, shown.worker, shown.done, strategy),
-            _site(program, CALLBACK, shown.halves.completion, shown.callback, strategy),
-        )
-        return Located(
-            sites={site.name: site for site in sites},
-            layout=_layout(program, shown, strategy),
-            functions=_functions(program, shown),
-            attempts=(Attempt(strategy, "found and proved", ok=True),),
-            main_context=_main_context(program),
-            barrier_fixed=schedules_with_barrier(program),
-        )
+        return located(program, read_shown(program, by_strings), strategy)
     except FlowError as error:
         raise NotProved(str(error)) from error
 
 
-def _read(program: Program) -> _Shown:
-    submit = require(program.address("thread_pool_submit_aio"), "thread_pool_submit_aio is not known")
-    halves, worker, done, callback = _completion_and_worker(program)
-    allocate = require(program.address("qemu_aio_get"), "qemu_aio_get is not known")
-    _only_submitter(program, allocate)
-    submitted = read_submit(program.flow(submit), frozenset((allocate,)), program.addresses(*_UNLOCKS))
-    return _Shown(submit, halves, worker, done, callback, submitted, read_allocator(program.flow(allocate)))
+def located(program: Program, shown: Shown, strategy: str) -> Located:
+    """What was shown, as sites and a layout that agree."""
+    sites = [
+        *(_site(program, SUBMIT, function, submit.site, strategy) for function, submit in shown.submits),
+        _site(program, DONE, shown.worker, shown.done.site, strategy),
+        *(_site(program, CALLBACK, shown.halves.completion, site, strategy) for site in shown.callback.sites),
+    ]
+    first = {site.name: site for site in reversed(sites)}
+    return Located(
+        sites=first,
+        layout=_layout(program, shown, strategy),
+        functions=_functions(program, shown),
+        attempts=(Attempt(strategy, "found and proved", ok=True),),
+        main_context=_main_context(program),
+        barrier_fixed=_barrier(program, shown),
+        more_sites=tuple(site for site in sites if site not in first.values()),
+    )
 
 
-def _only_submitter(program: Program, allocate: int) -> None:
-    """Builds may hold thread_pool_submit_aio() once more inside its callers; one site would miss that."""
-    for name in _CALLERS:
-        address = program.address(name)
-        if address is not None and program.flow(address).calls_to(allocate):
-            raise NotProved(f"{name} submits requests itself")
+def read_shown(program: Program, by_strings: bool) -> Shown:
+    """All functions that matter, read; NotProved or FlowError with the reason otherwise."""
+    halves, worker, done, callback, schedule = _completion_and_worker(program, by_strings)
+    submits = _submits(program, worker, by_strings, _fits(done, callback))
+    return Shown(halves, worker, done, callback, schedule, submits, _allocator(program, submits))
 
 
-def _completion_and_worker(program: Program) -> tuple[BottomHalves, int, Done, Callback]:
+_Followed = tuple[BottomHalves, int, Done, Callback, int | None]
+
+
+def _completion_and_worker(program: Program, by_strings: bool) -> _Followed:
     """Follow the pool's constructor to its bottom halves, whichever way round proves itself."""
+
+    def candidates() -> Iterator[int]:
+        yield from program.addresses(*_CONSTRUCTORS)
+        completions = frozenset(program.addresses(_COMPLETION_NAME))
+        yield from sorted(program.code.users_of(completions))
+        if by_strings:
+            yield from hints.constructors(program.code)
+
     reasons = []
-    for halves in _constructed(program):
+    for constructor in candidates():
         try:
-            callback = read_completion(program.flow(halves.completion), program.addresses("qemu_bh_schedule"))
-            threads = program.addresses("qemu_thread_create")
-            worker = read_spawn(program.flow(halves.spawn), threads, program.image.is_executable)
-            return halves, worker, read_worker(program.flow(worker)), callback
+            return _constructed(program, constructor)
+        except (NotProved, FlowError) as error:
+            reasons.append(f"{constructor:#x}: {error}")
+    where = "no name of the pool's constructor is known" + (", and no string leads to it" if by_strings else "")
+    raise NotProved(reasons[0] if reasons else where)
+
+
+def _constructed(program: Program, constructor: int) -> _Followed:
+    reasons = []
+    for halves in read_constructor(program.flow(constructor), program.image.is_executable):
+        try:
+            worker, done = _worker(program, halves.spawn)
+            schedule = read_schedule(program.flow(worker), done, halves.completion_bh)
+            callback = read_completion(program.flow(halves.completion), schedule)
+            agreed("ThreadPoolElement.state", done.state, callback.state)
+            agreed("ThreadPoolElement.ret", done.ret, callback.ret)
+            return halves, worker, done, callback, schedule
         except (NotProved, FlowError) as error:
             reasons.append(str(error))
     raise NotProved(reasons[0])
 
 
-def _constructed(program: Program) -> tuple[BottomHalves, ...]:
-    reason = "none of " + ", ".join(_CONSTRUCTORS) + " is known"
-    for name in _CONSTRUCTORS:
-        address = program.address(name)
-        if address is None:
-            continue
+def _worker(program: Program, spawn: int) -> tuple[int, Done]:
+    """worker_thread(), which spawn_thread_bh_fn() starts itself or by way of do_spawn_thread()."""
+    flows = [program.flow(spawn)]
+    flows += [flow for target in flows[0].targets() if (flow := _followed(program, target)) is not None]
+    reasons = ["spawn_thread_bh_fn starts no thread"]
+    for flow in flows:
+        for address in started_threads(flow, program.image.is_executable):
+            try:
+                return address, read_worker(program.flow(address))
+            except (NotProved, FlowError) as error:
+                reasons.append(str(error))
+    raise NotProved(reasons[-1])
+
+
+def _followed(program: Program, address: int) -> Flow | None:
+    try:
+        return program.flow(address)
+    except FlowError:
+        return None
+
+
+def _fits(done: Done, callback: Callback) -> Callable[[Submit], bool]:
+    """Whether a place that links something in two lists is about the pool's requests."""
+
+    def fits(submit: Submit) -> bool:
+        return (
+            {done.func, done.arg, submit.pool} <= submit.members
+            and done.state in submit.queued
+            and (submit.head, submit.next) == (callback.head, callback.next)
+        )
+
+    return fits
+
+
+def _submits(
+    program: Program, worker: int, by_strings: bool, fits: Callable[[Submit], bool]
+) -> tuple[tuple[int, Submit], ...]:
+    """Every place that submits requests: thread_pool_submit_aio(), and the copies inlined into its callers."""
+    first = _first_submitter(program, worker, by_strings, fits)
+    kinds = {address for submit in first[1] for address in _aiocb_infos(program, submit)}
+    if len(kinds) != 1:
+        raise NotProved("what submits requests does not name thread_pool_aiocb_info")
+    users = program.code.users_of(frozenset(kinds))
+    if len(users) > _MAX_SUBMITTERS:
+        raise NotProved(f"{len(users)} functions use thread_pool_aiocb_info")
+    found: list[tuple[int, Submit]] = []
+    for function in sorted(users | {first[0]}, key=lambda start: (start != first[0], start)):
+        submits = tuple(submit for submit in read_submit(program.flow(function)) if fits(submit))
+        if not submits:
+            raise NotProved(f"the function at {function:#x} submits requests in a way that is not known")
+        found.extend((function, submit) for submit in submits)
+    return tuple(found)
+
+
+def _first_submitter(
+    program: Program, worker: int, by_strings: bool, fits: Callable[[Submit], bool]
+) -> tuple[int, tuple[Submit, ...]]:
+    def candidates() -> Iterator[int]:
+        yield from program.addresses(*_SUBMITTERS)
+        if by_strings:
+            yield from hints.submitters(program.code, worker)
+
+    reasons = []
+    for function in candidates():
         try:
-            creators = program.addresses(*_CREATORS)
-            return read_constructor(program.flow(address), creators, program.image.is_executable)
-        except NotProved as error:
-            reason = f"{name}: {error}"
-    raise NotProved(reason)
+            found = tuple(submit for submit in read_submit(program.flow(function)) if fits(submit))
+        except (NotProved, FlowError) as error:
+            reasons.append(str(error))
+            continue
+        if found:
+            return function, found
+        reasons.append("thread_pool_submit_aio and worker_thread tell differently about a request's members")
+    raise NotProved(reasons[0] if reasons else "no name of what submits requests is known")
 
 
-def _layout(program: Program, shown: _Shown, strategy: str) -> Layout:
-    done, callback, submit = shown.done, shown.callback, shown.submit
-    if not {done.func, done.arg, submit.pool} <= submit.members:
-        raise NotProved("thread_pool_submit_aio does not fill in the func and arg that worker_thread uses")
+def _aiocb_infos(program: Program, submit: Submit) -> frozenset[int]:
+    """The addresses of data that the new element's allocation got, or that were stored in it."""
+    image = program.image
+    return frozenset(
+        address
+        for address in submit.constants
+        if address >= 0x1000 and image.segment_at(address) is not None and not image.is_executable(address)
+    )
+
+
+def _allocator(program: Program, submits: tuple[tuple[int, Submit], ...]) -> tuple[int, int] | None:
+    """What qemu_aio_get() shows, as a witness; None where it is inlined or its arguments were rearranged."""
+    named = set(program.addresses(_ALLOCATOR))
+    for _, submit in submits:
+        if submit.allocator is not None and submit.allocator in named:
+            try:
+                return read_allocator(program.flow(submit.allocator))
+            except (NotProved, FlowError):
+                return None
+    return None
+
+
+def _layout(program: Program, shown: Shown, strategy: str) -> Layout:
+    done, callback = shown.done, shown.callback
+    submits = [submit for _, submit in shown.submits]
+    allocator = [shown.allocator] if shown.allocator else []
     element = ElementLayout(
-        callback=agreed("BlockAIOCB.cb", callback.callback, shown.allocator[0]),
-        opaque=agreed("BlockAIOCB.opaque", callback.opaque, shown.allocator[1]),
-        pool=submit.pool,
+        callback=agreed("BlockAIOCB.cb", callback.callback, *(offsets[0] for offsets in allocator)),
+        opaque=agreed("BlockAIOCB.opaque", callback.opaque, *(offsets[1] for offsets in allocator)),
+        pool=agreed("ThreadPoolElement.pool", *(submit.pool for submit in submits)),
         func=done.func,
         arg=done.arg,
-        state=agreed("ThreadPoolElement.state", done.state, callback.state, submit.state),
-        ret=agreed("ThreadPoolElement.ret", done.ret, callback.ret),
-        next=agreed("ThreadPoolElement.all.le_next", callback.next, submit.next),
-        prev=submit.prev,
+        state=done.state,
+        ret=done.ret,
+        next=agreed("ThreadPoolElement.all.le_next", callback.next, *(submit.next for submit in submits)),
+        prev=agreed("ThreadPoolElement.all.le_prev", *(submit.prev for submit in submits)),
     )
     pool = PoolLayout(
         context=shown.halves.context,
         completion_bh=shown.halves.completion_bh,
-        head=agreed("ThreadPool.head", callback.head, submit.head),
-        **asdict(submit.counters),
+        head=agreed("ThreadPool.head", callback.head, *(submit.head for submit in submits)),
+        **asdict(submits[0].counters),
     )
-    return Layout(element, pool, bottom_half_layout(program), strategy)
+    return Layout(element, pool, _bottom_half(program, shown), strategy)
 
 
-def _site(program: Program, name: str, function: int, found: Done | Callback | Submit, strategy: str) -> Site:
-    instruction = program.flow(function).instructions[found.site.at]
-    holders = found.site.holders(found.element)
-    register = min(holders, key=lambda holder: (holder not in program.convention.callee_saved, holder))
-    return Site(name, found.site.at, register, instruction.text, strategy, instruction.cheap)
+def _bottom_half(program: Program, shown: Shown) -> BottomHalfLayout:
+    halves = shown.halves
+    inlined = read_inlined_schedule(program.flow(shown.worker), halves.completion_bh)
+    named = halves.name is not None and program.image.string_at(halves.name) == _COMPLETION_NAME
+    schedule = shown.schedule if shown.schedule is not None else program.address("qemu_bh_schedule")
+    return bottom_half_layout(program, halves, schedule, inlined, named)
 
 
-def _functions(program: Program, shown: _Shown) -> dict[str, int]:
+def _barrier(program: Program, shown: Shown) -> bool | None:
+    """An atomic mark that was inlined is as good as one in qemu_bh_schedule() itself."""
+    mark = read_inlined_schedule(program.flow(shown.worker), shown.halves.completion_bh)
+    if mark is not None:
+        return takes_off_atomically(program, (mark.offset, mark.width)) if mark.atomic else False
+    return schedules_with_barrier(program, shown.schedule)
+
+
+def _site(program: Program, name: str, function: int, place: Place, strategy: str) -> Site:
+    instruction = program.flow(function).instructions[place.at]
+    saved = program.convention.callee_saved
+    register = min(place.registers, key=lambda holder: (holder not in saved, holder))
+    return Site(name, place.at, register, instruction.text, strategy, instruction.cheap)
+
+
+def _functions(program: Program, shown: Shown) -> dict[str, int]:
     functions = {
         "thread_pool_completion_bh": shown.halves.completion,
         "spawn_thread_bh_fn": shown.halves.spawn,
         "worker_thread": shown.worker,
+        "thread_pool_submit_aio": shown.submits[0][0],
     }
-    for name in ("thread_pool_submit_aio", "qemu_bh_schedule", *_ALSO_NAMED):
+    if shown.schedule is not None:
+        functions["qemu_bh_schedule"] = shown.schedule
+    for name in ("qemu_bh_schedule", *_ALSO_NAMED):
         address = program.address(name)
         if address is not None:
-            functions[name] = address
+            functions.setdefault(name, address)
     return functions
 
 

@@ -7,15 +7,17 @@ Does not know what the functions are for.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import cached_property
 from typing import Protocol
 
-from tracer.elf import Image
+from tracer.elf import Bounds, Image
 from tracer.errors import ImageError
 from tracer.sites.flow import Flow, FlowError
-from tracer.sites.isa import Control, Decoder, Instruction
+from tracer.sites.isa import Control, Decoder, Imm, Instruction, Mem
 
 _MAX_FUNCTION = 1 << 16
 _MAX_PARTS = 8
+_MAX_NO_RETURN = 256  # functions that print and abort are short
 _NO_RETURN = frozenset(
     (
         "__assert",
@@ -35,42 +37,44 @@ _NO_RETURN = frozenset(
 class Names(Protocol):
     """Where a strategy takes function addresses from."""
 
-    def address(self, name: str) -> int | None:
-        """The ELF address of the function of that name, or None."""
+    def addresses(self, name: str) -> tuple[int, ...]:
+        """The ELF addresses of the functions that may be the one of that name, the likeliest first."""
         ...
 
 
 class DynamicNames:
-    """The names that the image exports (or has in .symtab)."""
+    """The names that the image exports, in .dynsym."""
 
     def __init__(self, image: Image) -> None:
         self._image = image
 
-    def address(self, name: str) -> int | None:
-        symbol = self._image.symbol(name)
-        return symbol.address if symbol and self._image.is_executable(symbol.address) else None
+    def addresses(self, name: str) -> tuple[int, ...]:
+        """See Names."""
+        symbol = self._image.exported(name)
+        return (symbol.address,) if symbol and self._image.is_executable(symbol.address) else ()
 
 
-class Program:
-    """An image with its names and its decoder; functions are followed once."""
+class AnyNames:
+    """Several sources of names together."""
 
-    def __init__(self, image: Image, names: Names, decoder: Decoder) -> None:
+    def __init__(self, *sources: Names) -> None:
+        self._sources = sources
+
+    def addresses(self, name: str) -> tuple[int, ...]:
+        """See Names."""
+        return tuple(dict.fromkeys(found for source in self._sources for found in source.addresses(name)))
+
+
+class Code:
+    """An image's functions, followed once for all strategies."""
+
+    def __init__(self, image: Image, decoder: Decoder) -> None:
         self.image = image
+        self.decoder = decoder
         self.convention = decoder.convention
-        self._names = names
-        self._decoder = decoder
         self._flows: dict[int, Flow] = {}
         self._returning: dict[int, bool] = {}
-
-    def address(self, *names: str) -> int | None:
-        """The address of the first of these names that the build has."""
-        found = (self._names.address(name) for name in names)
-        return next((address for address in found if address is not None), None)
-
-    def addresses(self, *names: str) -> frozenset[int]:
-        """The addresses of all of these names that the build has."""
-        found = (self._names.address(name) for name in names)
-        return frozenset(address for address in found if address is not None)
+        self._users: dict[frozenset[int], frozenset[int]] = {}
 
     def flow(self, address: int) -> Flow:
         """The function at `address`, followed; FlowError if it cannot be."""
@@ -99,7 +103,7 @@ class Program:
                 raise FlowError(f"{entry:#x} is inside a function, not its start")
             parts.add(bounds.start)
             size = min(bounds.end - bounds.start, _MAX_FUNCTION)
-            part = self._decoder.decode(self.image.read(bounds.start, size), bounds.start)
+            part = self.decoder.decode(self.image.read(bounds.start, size), bounds.start)
             body.extend(part)
             todo.extend(_leaving(part, bounds.start, bounds.end))
         return body
@@ -107,9 +111,96 @@ class Program:
     def _returns(self, target: int) -> bool:
         known = self._returning.get(target)
         if known is None:
-            known = self.image.plt_name(target) not in _NO_RETURN
+            name = self.image.plt_name(target)
+            known = self._has_return(target) if name is None else name not in _NO_RETURN
             self._returning[target] = known
         return known
+
+    def _has_return(self, target: int) -> bool:
+        """Whether a function of the image may come back; one such as error_exit() shows that it does not."""
+        bounds = self.image.bounds(target)
+        if bounds is None or bounds.start != target or bounds.end - target > _MAX_NO_RETURN:
+            return True
+        for step in self.decoder.decode(self.image.read(target, bounds.end - target), target):
+            leaves = step.control in (Control.JUMP, Control.BRANCH) and (
+                step.target is None or step.target not in bounds
+            )
+            if step.control is Control.RETURN or leaves:
+                return True
+        return False
+
+    # Who uses what.
+
+    def users_of(self, targets: frozenset[int]) -> frozenset[int]:
+        """The starts of the functions (or of their parts elsewhere) whose code takes one of these addresses."""
+        if not targets:
+            return frozenset()
+        if targets not in self._users:
+            self._users[targets] = self._find_users(targets)
+        return self._users[targets]
+
+    def _find_users(self, targets: frozenset[int]) -> frozenset[int]:
+        found = set()
+        for start, code in self._texts:
+            for at, target in self.decoder.references(code, start, targets):
+                bounds = self.image.bounds(at)
+                if bounds is not None and bounds.start not in found and self._takes(bounds, target):
+                    found.add(bounds.start)
+        return frozenset(found)
+
+    def callers(self, target: int, near: int) -> frozenset[int]:
+        """The starts of the functions that call `target` and are at most `near` bytes from it."""
+        found = set()
+        for start, code in self._texts:
+            low, high = max(start, target - near), min(start + len(code), target + near)
+            if low >= high:
+                continue
+            for at in self.decoder.calls_to(code[low - start : high - start], low, target):
+                bounds = self.image.bounds(at)
+                if bounds is not None:
+                    found.add(bounds.start)
+        return frozenset(found)
+
+    def _takes(self, bounds: Bounds, target: int) -> bool:
+        """Whether the function's instructions, not only its bytes, take the address."""
+        size = min(bounds.end - bounds.start, _MAX_FUNCTION)
+        taken = (Imm(target), Mem(None, target, 0))
+        for step in self.decoder.decode(self.image.read(bounds.start, size), bounds.start):
+            for operation in step.operations:
+                source = getattr(operation, "source", None)
+                if isinstance(source, Mem):
+                    source = Mem(source.base, source.offset, 0)
+                if source in taken:
+                    return True
+        return False
+
+    @cached_property
+    def _texts(self) -> tuple[tuple[int, bytes], ...]:
+        """The code: each part's address and bytes."""
+        section = self.image.section(".text")
+        if section is not None and self.image.is_executable(section.address):
+            return ((section.address, self.image.section_bytes(section)),)
+        image = self.image
+        return tuple((s.vaddr, image.read(s.vaddr, s.filesz)) for s in image.segments if s.executable)
+
+
+class Program:
+    """An image's code with one source of names."""
+
+    def __init__(self, code: Code, names: Names) -> None:
+        self.code = code
+        self.image = code.image
+        self.convention = code.convention
+        self.flow = code.flow
+        self._names = names
+
+    def address(self, *names: str) -> int | None:
+        """The address of the first of these names that the build has."""
+        return next((address for name in names for address in self._names.addresses(name)), None)
+
+    def addresses(self, *names: str) -> tuple[int, ...]:
+        """What may be the functions of these names, the likeliest first."""
+        return tuple(dict.fromkeys(address for name in names for address in self._names.addresses(name)))
 
 
 def _leaving(part: Iterable[Instruction], start: int, end: int) -> list[int]:

@@ -6,6 +6,8 @@ clobbers what capstone says that it writes. Does not know QEMU.
 
 from __future__ import annotations
 
+import re
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import capstone
@@ -61,6 +63,14 @@ _STACK = Reg("rsp")
 _TRAPS = frozenset(("ud2", "ud1", "ud0", "hlt", "int3"))
 
 
+# Instructions that move 8 or 16 bytes as they are, and those that put two halves together.
+_VECTOR_MOVES = frozenset(("movq", "movd", "movaps", "movups", "movapd", "movupd", "movdqa", "movdqu"))
+_VECTOR_PAIRS = frozenset(("punpcklqdq", "movlhps", "unpcklpd", "movhps", "movhpd", "pxor", "xorps", "xorpd"))
+_LEA = re.compile(rb"[\x48\x4c]\x8d[\x05\x0d\x15\x1d\x25\x2d\x35\x3d]", re.S)
+_CALL = re.compile(rb"\xe8", re.S)
+_IMMEDIATE_OPCODES = frozenset(range(0xB8, 0xC0))
+
+
 class X86Decoder:
     """Decoder for x86-64."""
 
@@ -87,6 +97,24 @@ class X86Decoder:
         cheap = name == "nop" or (name == "push" and raw.opcode[0] & 0xF8 == 0x50)
         return Instruction(raw.address, raw.size, text, self._operations(raw, name, operands), cheap=cheap)
 
+    def references(self, code: bytes, address: int, targets: Collection[int]) -> Iterator[tuple[int, int]]:
+        """See isa.Decoder: `lea target(%rip)` anywhere, and `mov $target` where addresses are absolute."""
+        for found in _LEA.finditer(code):
+            at = address + found.start()
+            target = at + 7 + int.from_bytes(code[found.start() + 3 : found.start() + 7], "little", signed=True)
+            if target in targets:
+                yield at, target
+        for target in targets:
+            if 0 < target < 1 << 31:
+                yield from _immediates(code, address, target)
+
+    def calls_to(self, code: bytes, address: int, target: int) -> Iterator[int]:
+        """See isa.Decoder."""
+        for found in _CALL.finditer(code):
+            at = found.start()
+            if address + at + 5 + int.from_bytes(code[at + 1 : at + 5], "little", signed=True) == target:
+                yield address + at
+
     def _operations(self, raw: Any, name: str, operands: list[Operand | None]) -> tuple[Operation, ...]:
         locked = raw.prefix[0] == x86.X86_PREFIX_LOCK
         if locked or name == "xchg":
@@ -95,11 +123,47 @@ class X86Decoder:
         if name in ("nop", "endbr64", "pause"):
             return ()
         simple = _simple(name, operands)
+        if simple is None and name in _VECTOR_MOVES | _VECTOR_PAIRS:
+            simple = self._vector(raw, name)
         return simple if simple is not None else self._clobbers(raw, operands)
+
+    def _vector(self, raw: Any, name: str) -> tuple[Operation, ...] | None:
+        """Compilers store neighbouring pointers together, by way of a vector register's two halves."""
+        if len(raw.operands) != 2:
+            return None
+        target, source = (self._halves(raw, operand) for operand in raw.operands)
+        if target is None or source is None:
+            return None
+        (low, high), (first, second) = target, source
+        if name in ("movq", "movd"):
+            return (Move(low, first), *((Move(high, _ZERO),) if isinstance(high, Reg) else ()))
+        if name in _VECTOR_MOVES:
+            return (Move(low, first), Move(high, second)) if high and second else None
+        if name == "movhps" or name == "movhpd":
+            return (Move(high, first),) if isinstance(high, Reg) else (Move(low, second),) if second else None
+        if name == "punpcklqdq" or name == "movlhps" or name == "unpcklpd":
+            return (Move(high, first),) if high else None
+        same = raw.operands[0].type == raw.operands[1].type == x86.X86_OP_REG and low == first
+        return (Move(low, _ZERO), Move(high, _ZERO)) if same and high else None
+
+    def _halves(self, raw: Any, operand: Any) -> tuple[Reg | Mem, Reg | Mem | None] | None:
+        """The low and high eight bytes of an operand; a general register has no high half."""
+        if operand.type == x86.X86_OP_REG:
+            name = raw.reg_name(operand.reg)
+            if name.startswith("xmm"):
+                return Reg(name), Reg(name + ".high")
+            known = _NAMES.get(name)
+            return (Reg(*known), None) if known and known[1] == 8 else None
+        whole = self._operand(raw, operand)
+        if not isinstance(whole, Mem) or operand.size not in (8, 16):
+            return None
+        return Mem(whole.base, whole.offset), Mem(whole.base, whole.offset + 8)
 
     def _clobbers(self, raw: Any, operands: list[Operand | None]) -> tuple[Operation, ...]:
         _, written = raw.regs_access()
-        names = {_NAMES[name][0] for name in map(raw.reg_name, written) if name in _NAMES}
+        touched = [raw.reg_name(register) for register in written]
+        names = {_NAMES[name][0] for name in touched if name in _NAMES}
+        names.update(half for name in touched if name[1:3] == "mm" for half in _vector_halves(name))
         clobbers: list[Operation] = [Clobber(Reg(name)) for name in sorted(names)]
         for operand, access in zip(operands, raw.operands, strict=True):
             if isinstance(operand, Mem) and access.access & capstone.CS_AC_WRITE:
@@ -122,6 +186,21 @@ class X86Decoder:
             return Mem(None, memory.disp, operand.size)
         known = _NAMES.get(raw.reg_name(memory.base))
         return Mem(known[0], memory.disp, operand.size) if known and known[1] == 8 else None
+
+
+def _vector_halves(name: str) -> tuple[str, str]:
+    full = "xmm" + name[3:]
+    return full, full + ".high"
+
+
+def _immediates(code: bytes, address: int, target: int) -> Iterator[tuple[int, int]]:
+    """`mov $target,%r32` and `mov $target,mem` or `%r64` (whose instruction begins a little before)."""
+    pattern = target.to_bytes(4, "little")
+    at = code.find(pattern)
+    while at > 0:
+        if code[at - 1] in _IMMEDIATE_OPCODES or 0xC7 in code[max(at - 7, 0) : at]:
+            yield address + at - 1, target
+        at = code.find(pattern, at + 1)
 
 
 def _transfer(raw: Any, name: str, text: str, operands: list[Operand | None]) -> Instruction:
