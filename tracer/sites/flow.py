@@ -290,9 +290,8 @@ class Flow:
         return {name: state[name] for name in self._convention.registers}
 
     def holders_at(self, at: int, value: Value) -> tuple[str, ...]:
-        """The general registers that hold `value` when `at` is reached."""
-        registers = self.registers_at(at) or {}
-        return tuple(name for name, held in registers.items() if held == value)
+        """The general registers that hold `value` when `at` is reached; see holders()."""
+        return holders(self.registers_at(at) or {}, value)
 
     def comes_again(self, at: int, avoiding: int) -> bool:
         """Whether control can come back to `at` without passing `avoiding`."""

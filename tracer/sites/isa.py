@@ -86,6 +86,13 @@ class Clobber:
 Operation = Move | Add | AddressOf | Compare | Exchange | Clobber
 
 
+# Prefixes on x86; on aarch64 what does not work out of line (arch/arm64/kernel/probes/decode-insn.c).
+_REFUSED = (
+    *("lock ", "rep", "xacquire", "xrelease"),
+    *("ldxr", "ldaxr", "ldxp", "ldaxp", "stxr", "stlxr", "stxp", "stlxp", "mrs", "msr", "svc", "pac", "aut"),
+)
+
+
 class Control(Enum):
     """Where control goes after an instruction."""
 
@@ -117,7 +124,7 @@ class Instruction:
     @property
     def probeable(self) -> bool:
         """Whether the kernel takes a probe here: it refuses some prefixes, and prefers not to be asked."""
-        return not self.text.startswith(("lock ", "rep", "xacquire", "xrelease"))
+        return not self.text.startswith(_REFUSED)
 
     @property
     def next(self) -> int:

@@ -115,7 +115,7 @@ def _completion_and_worker(program: Program, by_strings: bool) -> _Followed:
 
 def _constructed(program: Program, constructor: int) -> _Followed:
     reasons = []
-    for halves in read_constructor(program.flow(constructor), program.image.is_executable):
+    for halves in read_constructor(program.flow(constructor), program.code.starts_function):
         try:
             worker, done = _worker(program, halves.spawn)
             schedule = read_schedule(program.flow(worker), done, halves.completion_bh)
@@ -134,7 +134,7 @@ def _worker(program: Program, spawn: int) -> tuple[int, Done]:
     flows += [flow for target in flows[0].targets() if (flow := _followed(program, target)) is not None]
     reasons = ["spawn_thread_bh_fn starts no thread"]
     for flow in flows:
-        for address in started_threads(flow, program.image.is_executable):
+        for address in started_threads(flow, program.code.starts_function):
             try:
                 return address, read_worker(program.flow(address))
             except (NotProved, FlowError) as error:

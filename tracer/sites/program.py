@@ -12,8 +12,8 @@ from typing import Protocol
 
 from tracer.elf import Bounds, Image
 from tracer.errors import ImageError
-from tracer.sites.flow import Flow, FlowError
-from tracer.sites.isa import Control, Decoder, Imm, Instruction, Mem
+from tracer.sites.flow import Const, Flow, FlowError
+from tracer.sites.isa import Add, Control, Decoder, Imm, Instruction, Mem
 
 _MAX_FUNCTION = 1 << 16
 _MAX_PARTS = 8
@@ -129,6 +129,14 @@ class Code:
                 return True
         return False
 
+    def starts_function(self, address: int) -> bool:
+        """Whether a function begins there, by the unwind table or a symbol.
+
+        That it lies in an executable segment is not enough: those of aarch64 often begin at 0 and hold strings.
+        """
+        bounds = self.image.bounds(address)
+        return bounds is not None and bounds.start == address and self.image.is_executable(address)
+
     # Who uses what.
 
     def users_of(self, targets: frozenset[int]) -> frozenset[int]:
@@ -144,7 +152,7 @@ class Code:
         for start, code in self._texts:
             for at, target in self.decoder.references(code, start, targets):
                 bounds = self.image.bounds(at)
-                if bounds is not None and bounds.start not in found and self._takes(bounds, target):
+                if bounds is not None and bounds.start not in found and self._takes(bounds, at, target):
                     found.add(bounds.start)
         return frozenset(found)
 
@@ -161,8 +169,11 @@ class Code:
                     found.add(bounds.start)
         return frozenset(found)
 
-    def _takes(self, bounds: Bounds, target: int) -> bool:
-        """Whether the function's instructions, not only its bytes, take the address."""
+    def _takes(self, bounds: Bounds, at: int, target: int) -> bool:
+        """Whether the function's instructions, not only its bytes, take the address.
+
+        A64 makes it of two parts, so there the flow is asked what the instruction at `at` has left.
+        """
         size = min(bounds.end - bounds.start, _MAX_FUNCTION)
         taken = (Imm(target), Mem(None, target, 0))
         for step in self.decoder.decode(self.image.read(bounds.start, size), bounds.start):
@@ -172,7 +183,18 @@ class Code:
                     source = Mem(source.base, source.offset, 0)
                 if source in taken:
                     return True
+            if step.address == at and self._makes(bounds, step, target):
+                return True
         return False
+
+    def _makes(self, bounds: Bounds, step: Instruction, target: int) -> bool:
+        if not any(isinstance(operation, Add) for operation in step.operations):
+            return False
+        try:
+            left = self.flow(bounds.start).registers_at(step.next)
+        except FlowError:
+            return False
+        return left is not None and Const(target) in left.values()
 
     @cached_property
     def _texts(self) -> tuple[tuple[int, bytes], ...]:
