@@ -269,7 +269,7 @@ def before_done(image: Image, found: Located, matching: int, mask: int) -> int:
 
 @pytest.mark.parametrize("name", [SUBMIT, DONE])
 def test_a_site_that_is_no_call_is_not_taken(qemu_img: Image, tampered: Tamper, name: str) -> None:
-    """It is refused, or what stands there now, or behind it, proves itself in its turn."""
+    """It is refused, or what stands there now, or close by, proves itself in its turn."""
     first = locate(qemu_img).sites[name]
     with tampered(first.address, NOP) as other:
         try:
@@ -277,7 +277,7 @@ def test_a_site_that_is_no_call_is_not_taken(qemu_img: Image, tampered: Tamper, 
         except NoStrategyWorked:
             return
     assert second.instruction != first.instruction
-    assert first.address <= second.address < first.address + 4 * NEAR
+    assert abs(second.address - first.address) < 4 * NEAR
     assert second.register == first.register
 
 
