@@ -79,6 +79,7 @@ _NOTHING = frozenset(("nop", "bti", "hint", "yield", "csdb", "dmb", "dsb", "isb"
 # What arch/arm64/kernel/probes/decode-insn.c simulates; the nop since Linux 6.13.
 _SIMULATED = frozenset(("b", "bl", "br", "blr", "ret", "adr", "adrp", "nop", *_BRANCHES))
 
+_LINKING = re.compile(rb"[\x94-\x97]")  # the last byte of a bl
 _NEAR = 64  # bytes between an adrp and the add that belongs to it
 
 
@@ -98,32 +99,29 @@ class A64Decoder:
     def references(self, code: bytes, address: int, targets: Collection[int]) -> Iterator[tuple[int, int]]:
         """(where, which) of each `add` that makes the address of one of `targets` from an `adrp` close before."""
         for target in targets:
-            for at in _words(code, _add_pattern(target & 0xFFF)):
+            for at in _adds_of(code, target & 0xFFF):
                 if _page_before(code, at, address) == target & ~0xFFF:
                     yield address + at, target
 
     def calls_to(self, code: bytes, address: int, target: int) -> Iterator[int]:
         """Where there are `bl` to `target`."""
-        for at in _words(code, re.compile(rb"...[\x94-\x97]", re.S)):
+        for found in _LINKING.finditer(code):
+            at = found.start() - 3
             distance = (int.from_bytes(code[at : at + 4], "little") & 0x3FFFFFF) << 2
             distance -= (distance & 1 << 27) << 1
-            if address + at + distance == target:
+            if at % 4 == 0 and address + at + distance == target:
                 yield address + at
 
 
-def _words(code: bytes, pattern: re.Pattern[bytes]) -> Iterator[int]:
-    """Where an instruction matches; instructions lie at multiples of four."""
-    at = 0
-    while found := pattern.search(code, at):
-        if found.start() % 4 == 0:
-            yield found.start()
-        at = found.start() + 1
-
-
-def _add_pattern(low: int) -> re.Pattern[bytes]:
-    """`add xd, xn, #low`, whichever the registers."""
-    second = b"".join(re.escape(bytes(((low & 0x3F) << 2 | bits,))) for bits in range(4))
-    return re.compile(b".[" + second + b"]" + re.escape(bytes((low >> 6,))) + b"\x91", re.S)
+def _adds_of(code: bytes, low: int) -> Iterator[int]:
+    """Where there is an `add xd, xn, #low`, whichever the registers. The upper half is searched for, for speed."""
+    upper = bytes((low >> 6, 0x91))
+    found = code.find(upper)
+    while found >= 0:
+        at = found - 2
+        if at >= 0 and at % 4 == 0 and code[at + 1] >> 2 == low & 0x3F:
+            yield at
+        found = code.find(upper, found + 1)
 
 
 def _page_before(code: bytes, at: int, address: int) -> int | None:
