@@ -41,6 +41,9 @@ SYSCALL_ARGUMENTS = ("rdi", "rsi", "rdx", "r10", "r8", "r9")
 #: What a system call that a signal, a debugger or the dump itself interrupted returns: EINTR, ENOSYS, ERESTART….
 INTERRUPTED = frozenset({-4, -38, -512, -513, -514, -516})
 
+#: Names of the notes that dump-guest-memory writes (dump/dump.c), and how far from the start they are sought.
+GUEST_NOTES = (b"QEMU", b"VMCOREINFO")
+_NOTES_AHEAD = 64 << 10
 _MAX_HEADERS, _MAX_NOTES, _MAX_MAPPINGS = 1 << 20, 1 << 18, 1 << 18
 
 _OTHER_DUMPS = (
@@ -176,11 +179,8 @@ class CoreFile:
             if kind == PT_NOTE:
                 for name, number, data in self._notes(start, length):
                     notes.setdefault((name, number), []).append(data)
-        if any(name in (b"QEMU", b"VMCOREINFO") for name, _ in notes):
-            raise CoreError(
-                f"{self.path} holds the guest's memory (virsh dump --memory-only, dump-guest-memory), not QEMU's own",
-                f"{_TAKE_ONE}; or, far smaller: aio-trace inspect --pid PID --save FILE",
-            )
+        if any(name in GUEST_NOTES for name, _ in notes):
+            raise self._of_the_guest()
         self.auxv = _auxiliary(notes.get((b"CORE", NT_AUXV), []))
         self.threads = self._threads(notes.get((b"CORE", NT_PRSTATUS), []))
         self.files = self._files(notes.get((b"CORE", NT_FILE), []))
@@ -198,6 +198,8 @@ class CoreFile:
             self._refuse(head)
         if len(head) < 64:
             raise CoreError(f"{self.path} ends within its first header", _TAKE_ONE)
+        if (head[4] != 2 or head[18] != EM_X86_64) and self._data.find(b"QEMU\0", 0, _NOTES_AHEAD) >= 0:
+            raise self._of_the_guest()  # as the guest's CPUs are: of 16 or 32 bits, or of another machine
         if head[4] != 2 or head[5] != 1:
             raise CoreError(f"{self.path} is not a core of a 64-bit little-endian process", _TAKE_ONE)
         kind, machine, _, _, phoff, shoff, _, _, phentsize, phnum = struct.unpack_from("<HHIQQQIHHH", head, 16)
@@ -213,6 +215,12 @@ class CoreFile:
         if phentsize < 56 or phnum > _MAX_HEADERS:
             raise CoreError(f"{self.path} is damaged: program headers of {phentsize} bytes", _TAKE_ONE)
         return phoff, phentsize, phnum
+
+    def _of_the_guest(self) -> CoreError:
+        return CoreError(
+            f"{self.path} holds the guest's memory (virsh dump --memory-only, dump-guest-memory), not QEMU's own",
+            f"{_TAKE_ONE}; or, far smaller: aio-trace inspect --pid PID --save FILE",
+        )
 
     def _refuse(self, head: bytes) -> NoReturn:
         for magic, what in _OTHER_DUMPS:

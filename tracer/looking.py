@@ -184,7 +184,7 @@ class Looker:
         if thread is None:
             return Look(scheduled)
         where = self.describe_syscall(thread)
-        return Look(scheduled, thread.state, home.parked(thread), where, thread.switches)
+        return Look(scheduled, thread.state, home.parked(thread), where, thread.switches, thread.ran_s, thread.waited_s)
 
     def stack(self, thread: Thread) -> Stack:
         """A thread's stack; unwound again only when the thread has moved."""

@@ -98,6 +98,8 @@ class Thread:
     state: str | None
     syscall: SystemCall | None
     switches: int | None  # voluntary context switches so far
+    ran_s: float | None = None  # on a CPU so far
+    waited_s: float | None = None  # ready to run, but without a CPU, so far
 
     @property
     def stopped(self) -> bool:
@@ -160,6 +162,15 @@ def _says(path: str, word: str) -> bool:
         return False
 
 
+def _schedule(pid: int, tid: int) -> tuple[float | None, float | None]:
+    """Seconds on a CPU and waiting for one, of /proc/PID/task/TID/schedstat; None where the kernel has none."""
+    try:
+        ran, waited, _slices = _read_text(f"/proc/{pid}/task/{tid}/schedstat").split()
+    except (OSError, ValueError):
+        return None, None
+    return int(ran) / 1e9, int(waited) / 1e9
+
+
 @dataclass(frozen=True)
 class Target:
     """A process by pid and start time (clock ticks since boot): a recycled pid is another process."""
@@ -204,7 +215,9 @@ class Target:
         except (OSError, ValueError):
             return None
         found = re.search(r"^voluntary_ctxt_switches:\s*(\d+)", status, re.M)
-        return Thread(tid, name, fields[0], self._syscall(tid), int(found[1]) if found else 0)
+        return Thread(
+            tid, name, fields[0], self._syscall(tid), int(found[1]) if found else 0, *_schedule(self.pid, tid)
+        )
 
     def threads(self) -> list[Thread]:
         """All threads now, the main thread first."""

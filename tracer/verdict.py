@@ -63,6 +63,8 @@ class Look:
     parked: bool | None = None  # sleeps in a poll
     syscall: str | None = None  # name with what it is on; None: runs in user space
     switches: int | None = None  # voluntary context switches so far
+    ran_s: float | None = None  # on a CPU so far
+    waited_s: float | None = None  # ready to run, but without a CPU, so far
 
 
 @dataclass(frozen=True)
@@ -250,12 +252,25 @@ def _judge_loop(facts: Facts) -> Verdict:
             f"{_finished(facts)}, but {_home(facts)} is stuck in {last.syscall}{_under(facts)} and cannot call its "
             f"callback.",
         )
+    if _starved(facts.looks):
+        return Verdict(
+            LOOP_BUSY,
+            f"{_finished(facts)}, but {_home(facts)} is ready to run and gets no CPU: the host is overloaded.",
+        )
     where = ", ".join(sorted(place for place in places if place)) or "user space"
     return Verdict(
         LOOP_BUSY,
         f"{_finished(facts)}, but {_home(facts)} is busy (seen in {where}) and does not come round to call its "
         f"callback.",
     )
+
+
+def _starved(looks: tuple[Look, ...]) -> bool:
+    """Whether the home thread waited for a CPU longer than it had one, between the first look and the last."""
+    first, last = looks[0], looks[-1]
+    if first.ran_s is None or first.waited_s is None or last.ran_s is None or last.waited_s is None:
+        return False
+    return last.waited_s - first.waited_s > last.ran_s - first.ran_s
 
 
 def _under(facts: Facts) -> str:
@@ -336,6 +351,7 @@ def as_evidence(facts: Facts) -> dict[str, Any]:
         "barrier_fixed": facts.barrier_fixed,
         "home_asleep_s": facts.home_asleep_s,
         "looks": len(facts.looks),
+        "home_starved": _starved(facts.looks) if facts.looks else None,
         "came_round": len({look.switches for look in facts.looks}) > 1 if facts.looks else None,
         "eventfd_count": facts.bell_count,
         "eventfd_polled": facts.bell_polled,

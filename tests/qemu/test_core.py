@@ -99,6 +99,15 @@ def test_seventy_stacks_take_a_fraction_of_a_second() -> None:
     assert work < 0.3
 
 
+def test_a_dump_of_the_guest_is_refused() -> None:
+    with paused(extra=["-machine", "pc", "-m", "16", "-accel", "tcg,tb-size=32"]) as qemu:
+        qemu.qmp("dump-guest-memory", paging=False, protocol=f"file:{qemu.inside('dump')}")
+        done = run("--core", str(qemu.folder / "dump"))
+    assert done.returncode == 1
+    assert "holds the guest's memory (virsh dump --memory-only" in done.stderr
+    assert "gcore" in done.stderr
+
+
 # Saved by aio-trace itself
 
 

@@ -20,7 +20,7 @@ import pytest
 from tracer.build import Build, read_build
 from tracer.errors import FaultError, TargetError
 from tracer.events import Diagnosis
-from tracer.inspect import diagnose
+from tracer.inspect import PATIENCE_S, diagnose
 from tracer.lab import faults
 from tracer.lab.nbd import KINDS
 from tracer.lab.qemu import Drive, Qemu, paused
@@ -240,8 +240,14 @@ def test_nobody_is_accused_under_load(loop: str) -> None:
             for found in _diagnoses(qemu.pid, UNDER_LOAD // 2):
                 verdicts[found.verdict] = verdicts.get(found.verdict, 0) + 1
                 slowest = max(slowest, found.took_s)
-                accused = [r for pool in found.pools for r in pool.requests if r.overdue]
-                assert not accused, accused
+                for request in (r for pool in found.pools for r in pool.requests if r.overdue):
+                    # A shared machine's disk, or CPU, may really take so long: the scheduler is the witness.
+                    assert request.evidence
+                    if request.cause == "worker-stuck":
+                        assert request.evidence["worker"]["asleep_s"] > PATIENCE_S / 2, request.evidence
+                    else:
+                        assert request.cause == "loop-busy", request.explanation
+                        assert request.evidence["home_starved"], request.evidence
             assert load.count > before
         print(f"{UNDER_LOAD // 2} diagnoses, {load.count} rounds of load, {verdicts}, slowest {slowest:.2f} s")
 
