@@ -157,6 +157,18 @@ def test_nothing_is_written_to_the_wrong_file(tmp_path: Path) -> None:
     assert (tmp_path / "file").read_text() == "kept"
 
 
+@pytest.mark.parametrize("fd", [0, 1, 2])
+def test_a_closed_stream_is_taken_by_nothing_else(fd: int) -> None:
+    """From the first line on: pipes and maps that are opened later must not get its number."""
+    code = (
+        "import os, sys, cli\n"
+        "sys.argv = ['aio-trace', '--version']\n"
+        "try: cli.main()\n"
+        f"except SystemExit: sys.exit(os.readlink('/proc/self/fd/{fd}') != '/dev/null')\n"
+    )
+    assert aio_trace(prefix=f"exec {fd}>&-;", code=code).returncode == 0
+
+
 def test_what_libraries_print_is_no_result() -> None:
     """BCC and clang print to descriptor 1 from C."""
     code = (

@@ -17,16 +17,23 @@ _MAX_HOPS = 3
 
 
 def bottom_half_layout(
-    program: Program, halves: BottomHalves, schedule: int | None, inlined: Mark | None, named: bool
+    program: Program,
+    halves: BottomHalves,
+    schedule: int | None,
+    inlined: Mark | None,
+    named: bool,
+    cancels: frozenset[int] = frozenset(),
 ) -> BottomHalfLayout:
     """The offsets in QEMUBH; NotProved if the code does not show them.
 
-    `schedule` is qemu_bh_schedule(); `inlined` is offset and width of the mark where a caller of it was
-    seen to make that itself; `named` tells that there are names.
+    `schedule` is qemu_bh_schedule(), `cancels` what else gets a bottom half and may take the mark away;
+    `inlined` is the mark where a caller of the former was seen to make it itself; `named` tells that there
+    are names.
     """
     marks = [] if inlined is None else [(inlined.offset, inlined.width)]
     if schedule is not None:
         marks.append(_mark(program, schedule))
+    marks += [(e.offset, e.width) for cancel in cancels for e in _exchanges(program, cancel) if e.width in (1, 4)]
     flags, width = agreed("QEMUBH.flags", *marks)
     members = halves.members if halves.creator is None else _members(program, halves.creator)
     if members is None:

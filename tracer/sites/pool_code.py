@@ -23,6 +23,7 @@ from tracer.sites.thread_pool import (
     Done,
     Place,
     Submit,
+    bottom_half_calls,
     read_allocator,
     read_completion,
     read_constructor,
@@ -41,6 +42,7 @@ _ALLOCATOR = "qemu_aio_get"
 _ALSO_NAMED = ("aio_poll", "aio_bh_poll", "aio_notify", "bdrv_drain_all_begin", "bdrv_drain_all")
 _COMPLETION_NAME = "thread_pool_completion_bh"
 _MAX_SUBMITTERS = 16
+_MAX_OFFSET = 4096
 
 
 @dataclass(frozen=True)
@@ -246,7 +248,34 @@ def _layout(program: Program, shown: Shown, strategy: str) -> Layout:
         head=agreed("ThreadPool.head", callback.head, *(submit.head for submit in submits)),
         **asdict(submits[0].counters),
     )
-    return Layout(element, pool, _bottom_half(program, shown), strategy)
+    layout = Layout(element, pool, _bottom_half(program, shown), strategy)
+    check_plausible(layout)
+    return layout
+
+
+def check_plausible(layout: Layout) -> None:
+    """NotProved where the members would not be what compilers make of the structures.
+
+    In every version the pairs below are declared one behind the other; damaged code tells otherwise.
+    """
+    element, pool, half = layout.element, layout.pool, layout.bottom_half
+    pairs = (
+        ("cb and opaque", element.callback + 8, element.opaque),
+        ("func and arg", element.func + 8, element.arg),
+        ("state and ret", element.state + 4, element.ret),
+        ("le_next and le_prev", element.next + 8, element.prev),
+        ("ctx and completion_bh", pool.context + 8, pool.completion_bh),
+        ("the bottom half's cb and opaque", half.callback + 8, half.opaque),
+    )
+    for what, expected, found in pairs:
+        if expected != found:
+            raise NotProved(f"{what} are not next to each other")
+    pointers = (element.callback, element.pool, element.func, element.state, element.next)
+    others = (pool.context, pool.head, half.context, half.callback)
+    if any(offset % 8 or not 0 <= offset < _MAX_OFFSET for offset in (*pointers, *others)):
+        raise NotProved("a member is where no compiler puts it")
+    if len(set(pointers)) != len(pointers) or not half.opaque < half.flags < _MAX_OFFSET:
+        raise NotProved("two members are in one place")
 
 
 def _bottom_half(program: Program, shown: Shown) -> BottomHalfLayout:
@@ -254,7 +283,8 @@ def _bottom_half(program: Program, shown: Shown) -> BottomHalfLayout:
     inlined = read_inlined_schedule(program.flow(shown.worker), halves.completion_bh)
     named = halves.name is not None and program.image.string_at(halves.name) == _COMPLETION_NAME
     schedule = shown.schedule if shown.schedule is not None else program.address("qemu_bh_schedule")
-    return bottom_half_layout(program, halves, schedule, inlined, named)
+    cancels = bottom_half_calls(program.flow(halves.completion), halves.completion_bh) - {schedule}
+    return bottom_half_layout(program, halves, schedule, inlined, named, cancels)
 
 
 def _barrier(program: Program, shown: Shown) -> bool | None:

@@ -184,6 +184,12 @@ def read_schedule(flow: Flow, done: Done, completion_bh: int) -> int | None:
     return targets.pop() if len(targets) == 1 else None
 
 
+def bottom_half_calls(flow: Flow, completion_bh: int) -> frozenset[int]:
+    """What the function calls with the pool's bottom half: qemu_bh_schedule(), since v2.9 qemu_bh_cancel()."""
+    found = (call.target for call in _calls(flow) if _is_member(call.arguments[0], completion_bh))
+    return frozenset(target for target in found if target is not None)
+
+
 def read_inlined_schedule(flow: Flow, completion_bh: int) -> Mark | None:
     """The mark in QEMUBH, where worker_thread() makes it itself; before v2.3 that was a plain store."""
     marks = {
