@@ -159,6 +159,9 @@ static inline __attribute__((always_inline)) void read_operation(struct request_
         return;
     type = words[(ARG_AIO_TYPE - ARG_FROM) / 4];
     operation = type & 0x7ff;
+    /* Write zeroes, and unmap where that can be done. */
+    if (operation == 0x30)
+        operation = 0x20;
     if ((type & ~0x7fff) || (operation & (operation - 1)))
         return;
     switch (operation) {

@@ -17,7 +17,7 @@ import pytest
 
 from tests.conftest import require
 from tracer.layout import ElementLayout
-from tracer.probes import compile_flags, source_folder
+from tracer.probes import Parameters, compile_flags, source_folder
 from tracer.sites.model import CALLBACK, DONE, SITE_NAMES, SUBMIT, Site
 
 ELEMENT = ElementLayout(
@@ -38,7 +38,7 @@ def bytecode(site: str, register: str) -> list[tuple[int, int, int, int]]:
     require(importlib.util.find_spec("bcc"), "bcc is not installed")
     require(os.geteuid() == 0, "BCC needs root")
     sites = [Site(name, 0, register, "bl", "code", cheap=True) for name in SITE_NAMES]
-    flags = compile_flags(sites, ELEMENT, 64, cmpxchg=False)
+    flags = compile_flags(sites, ELEMENT, Parameters(64), cmpxchg=False)
     # ARCH is what kernel developers call the machine they build for; BCC believes it.
     environment = {**os.environ, "ARCH": "arm64", "BCC_KERNEL_SOURCE": str(source_folder())}
     source = str(source_folder() / "aio_trace.c")

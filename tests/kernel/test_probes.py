@@ -223,6 +223,12 @@ def test_kinds(pool: Miniature, bit: int) -> None:
         assert total(loaded).completed == 2
 
 
+def test_zeroes_that_may_unmap(pool: Miniature) -> None:
+    with attached(pool) as loaded:
+        pool.do("t0=0x30 s0 d0 c0")
+        assert {kind for (kind, _fd), seen in loaded.statistics().items() if seen.submitted} == {"write-zeroes"}
+
+
 @pytest.mark.parametrize("aio_type", [0, 3, 0x100, 0x18000, -1])
 def test_arguments_of_others(pool: Miniature, aio_type: int) -> None:
     """No kind is guessed for qcow2's compression and its like, or where the argument cannot be read."""

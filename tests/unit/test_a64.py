@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tracer.layout import ElementLayout
-from tracer.probes import compile_flags
+from tracer.probes import Parameters, compile_flags
 from tracer.sites.a64 import A64Decoder
 from tracer.sites.flow import Argument, Called, Compared, Const, Exchanged, Flow, Load, Returned, Stored, Sum, Value
 from tracer.sites.isa import Control, Instruction
@@ -208,7 +208,7 @@ def test_a_register_may_hold_a_place_in_the_request() -> None:
 )
 def test_registers_as_the_probes_name_them(register: str, member: str) -> None:
     site = Site(DONE, BASE, register, "bl #0x14000", "code", cheap=True)
-    assert f"-DDONE_REGISTER={member}" in compile_flags([site], ELEMENT, 16, cmpxchg=True)
+    assert f"-DDONE_REGISTER={member}" in compile_flags([site], ELEMENT, Parameters(16), cmpxchg=True)
 
 
 def test_addresses_and_calls_are_found_by_their_bytes() -> None:

@@ -142,7 +142,8 @@ def check(program: Path, version: int, found: Located) -> None:
     """Against the unstripped twin."""
     assert found.layout.element == element_layout(version)
     assert found.layout.bottom_half == half_layout(version)
-    assert found.barrier_fixed is (version >= 500)
+    # Where aio_bh_poll(), the other half of the fix, has no name, an atomic mark alone does not say yes.
+    assert found.barrier_fixed in ((True, None) if version >= 500 else (False,))
     check_functions(program, found)
     for site in found.sites_of(*SITE_NAMES):
         text = instructions(program)[site.address]  # an instruction begins there

@@ -20,6 +20,7 @@ import pytest
 from tests.conftest import require
 from tracer import target
 from tracer.errors import NoSuchProcess, NotPermitted, NotQemu, TargetExited
+from tracer.lab.process import wait_until
 from tracer.target import Target, Thread, find_qemus, is_qemu_name, open_target
 
 
@@ -234,7 +235,8 @@ def test_mapped_files_with_odd_names(tmp_path: Path) -> None:
     shutil.copy(shutil.which("sleep") or "sleep", odd)
     with subprocess.Popen([odd, "600"]) as process:
         try:
-            assert any(region.path.startswith(str(tmp_path)) for region in open_target(process.pid).regions())
+            # exec() closes what Popen waits for before it maps the new program.
+            wait_until(lambda: any(r.path.startswith(str(tmp_path)) for r in open_target(process.pid).regions()))
         finally:
             process.kill()
 
