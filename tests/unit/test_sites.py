@@ -16,6 +16,7 @@ from tracer.sites import STRATEGIES, NoStrategyWorked, locate
 from tracer.sites.decoders import decoder_for
 from tracer.sites.flow import Stored
 from tracer.sites.model import CALLBACK, DONE, SITE_NAMES, SUBMIT, Located
+from tracer.sites.pool_code import locate_by_code
 from tracer.sites.program import Code, DynamicNames, Program
 from tracer.sites.proof import NotProved
 from tracer.sites.thread_pool import read_worker
@@ -86,6 +87,24 @@ def test_every_site_is_a_direct_call_of_the_right_function(image: Image) -> None
         assert site.cheap
         assert site.strategy == "code"
         assert site.instruction.startswith("call 0x")
+
+
+class NoNames:
+    """As if nothing were exported."""
+
+    def addresses(self, name: str) -> tuple[int, ...]:
+        return ()
+
+
+def test_without_any_name_the_same_is_found(image: Image) -> None:
+    """Exported names are a witness for what strings and shapes lead to."""
+    known = locate(image, only="code")
+    code = Code(image, decoder_for(image.machine))
+    nameless = locate_by_code(Program(code, NoNames()), "code", by_strings=True)
+    assert dict(nameless.sites) == dict(known.sites)
+    assert nameless.layout == known.layout
+    assert nameless.main_context == known.main_context
+    assert nameless.functions["worker_thread"] == known.functions["worker_thread"]
 
 
 def test_sites_are_in_the_functions_they_belong_to(image: Image) -> None:

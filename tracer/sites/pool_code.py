@@ -43,12 +43,14 @@ _ALSO_NAMED = ("aio_poll", "aio_bh_poll", "aio_notify", "bdrv_drain_all_begin", 
 _COMPLETION_NAME = "thread_pool_completion_bh"
 _MAX_SUBMITTERS = 16
 _MAX_OFFSET = 4096
+_MAX_GETTER = 64  # bytes of a function that returns a variable; without optimisation it has a frame
 
 
 @dataclass(frozen=True)
 class Shown:
     """What the functions show, together. `submits` are told with the function that they were seen in."""
 
+    constructor: int
     halves: BottomHalves
     worker: int
     done: Done
@@ -79,7 +81,7 @@ def located(program: Program, shown: Shown, strategy: str) -> Located:
         layout=_layout(program, shown, strategy),
         functions=_functions(program, shown),
         attempts=(Attempt(strategy, "found and proved", ok=True),),
-        main_context=_main_context(program),
+        main_context=_main_context(program, shown),
         barrier_fixed=_barrier(program, shown),
         more_sites=tuple(site for site in sites if site not in first.values()),
     )
@@ -87,12 +89,12 @@ def located(program: Program, shown: Shown, strategy: str) -> Located:
 
 def read_shown(program: Program, by_strings: bool) -> Shown:
     """All functions that matter, read; NotProved or FlowError with the reason otherwise."""
-    halves, worker, done, callback, schedule = _completion_and_worker(program, by_strings)
+    constructor, halves, worker, done, callback, schedule = _completion_and_worker(program, by_strings)
     submits = _submits(program, worker, by_strings, _fits(done, callback))
-    return Shown(halves, worker, done, callback, schedule, submits, _allocator(program, submits))
+    return Shown(constructor, halves, worker, done, callback, schedule, submits, _allocator(program, submits))
 
 
-_Followed = tuple[BottomHalves, int, Done, Callback, int | None]
+_Followed = tuple[int, BottomHalves, int, Done, Callback, int | None]
 
 
 def _completion_and_worker(program: Program, by_strings: bool) -> _Followed:
@@ -124,7 +126,7 @@ def _constructed(program: Program, constructor: int) -> _Followed:
             callback = read_completion(program.flow(halves.completion), schedule)
             agreed("ThreadPoolElement.state", done.state, callback.state)
             agreed("ThreadPoolElement.ret", done.ret, callback.ret)
-            return halves, worker, done, callback, schedule
+            return constructor, halves, worker, done, callback, schedule
         except (NotProved, FlowError) as error:
             reasons.append(str(error))
     raise NotProved(reasons[0])
@@ -318,13 +320,24 @@ def _functions(program: Program, shown: Shown) -> dict[str, int]:
     return functions
 
 
-def _main_context(program: Program) -> int | None:
-    """qemu_get_aio_context() of util/main-loop.c is one load of qemu_aio_context."""
-    address = program.address("qemu_get_aio_context")
-    if address is None:
+def _main_context(program: Program, shown: Shown) -> int | None:
+    """The variable qemu_aio_context of util/main-loop.c, which qemu_get_aio_context() does nothing but load.
+
+    Without a name: the one function of that kind that the pool's constructor calls, since a pool for no
+    context is one for the main context.
+    """
+    named = program.address("qemu_get_aio_context")
+    getters = (named,) if named is not None else program.flow(shown.constructor).targets()
+    found = {variable for getter in getters if (variable := _loaded_variable(program, getter)) is not None}
+    return found.pop() if len(found) == 1 else None
+
+
+def _loaded_variable(program: Program, getter: int) -> int | None:
+    bounds = program.image.bounds(getter)
+    if bounds is None or bounds.end - bounds.start > _MAX_GETTER:
         return None
-    returned = [event.value for event in program.flow(address).events if isinstance(event, Returned)]
-    match returned:
+    flow = _followed(program, getter)
+    match [event.value for event in flow.events if isinstance(event, Returned)] if flow else []:
         case [Load(Const(variable), 0, 8, _)]:
             return variable
         case _:
