@@ -29,7 +29,7 @@ class Storage(Qemu):
 
     def drive(self, name: str = "d0", iothread: str | None = None) -> Drive:
         """A drive on it; without the host's page cache, which would answer in the storage's place."""
-        return Drive(name, iothread=iothread, cache="none", file=self.file)
+        return Drive(name, iothread=iothread, cache="none", file=Path(self.inside(self.file.name)))
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
