@@ -44,51 +44,74 @@ def on(request: pytest.FixtureRequest) -> Iterator[Scene]:
         yield scene
 
 
-@pytest.fixture
-def trace(on: Scene) -> Iterator[Trace]:
-    """A trace of it; what it says is judged when the test has ended it."""
+@pytest.fixture(scope="module")
+def whole_trace(on: Scene) -> Iterator[Trace]:
+    """One trace for all tests of a scene; in the end every request was accounted for."""
     with traced(on.qemu.pid, *DEADLINES) as running:
         yield running
+        assert running.finish() == 3
+        assert running.summary["requests"]["in_flight"] == 0
+        assert running.summary["lost_records"] == 0
 
 
-def told(trace: Trace, event: str, requests: Collection[int], since: int) -> list[Json]:
-    """The first events of that name about these requests from index `since` on, waited for."""
-    wanted = {hex(request) for request in requests}
+class Said:
+    """What a trace says from now on."""
 
-    def come() -> list[Json]:
-        found = {e["request"]: e for e in reversed(trace.events[since:]) if e["event"] == event}
-        return [found[request] for request in wanted] if wanted <= found.keys() else []
+    def __init__(self, trace: Trace) -> None:
+        self._trace = trace
+        self._from = len(trace.events)
 
-    return wait_until(come, PATIENCE_S, f"{event} for {len(wanted)} requests")
+    def fresh(self) -> Said:
+        """What it says from now on, without what it said so far."""
+        return Said(self._trace)
+
+    def named(self, name: str) -> list[Json]:
+        """All events of that name so far."""
+        return [event for event in self._trace.events[self._from :] if event["event"] == name]
+
+    def wait(self, name: str, requests: Collection[int]) -> list[Json]:
+        """The events of that name about these requests, once each has had one."""
+        wanted = {hex(request) for request in requests}
+
+        def come() -> list[Json]:
+            found = [event for event in self.named(name) if event["request"] in wanted]
+            return found if {event["request"] for event in found} == wanted else []
+
+        return wait_until(come, PATIENCE_S, f"{name} for {len(wanted)} requests") if wanted else []
+
+    def causes(self, state: str | None = None) -> set[str]:
+        """The causes of all alerts, or of those about requests in one state."""
+        return {alert["cause"] for alert in self.named("alert") if state in (None, alert["state"])}
 
 
-def causes_told(trace: Trace, state: str | None = None) -> set[str]:
-    """The causes of all alerts, or of those about requests in one state."""
-    return {alert["cause"] for alert in trace.named("alert") if state in (None, alert["state"])}
+@pytest.fixture
+def said(whole_trace: Trace) -> Iterator[Said]:
+    """What the trace says during one test; whatever it gave an alert on has gone on when the test ends."""
+    said = Said(whole_trace)
+    yield said
+    said.wait("resolved", {int(alert["request"], 16) for alert in said.named("alert")})
 
 
-def repeat(on: Scene, trace: Trace, fault: Fault, kinds: Collection[str] = ("write",)) -> list[Json]:
+def repeat(on: Scene, said: Said, fault: Fault, kinds: Collection[str] = ("write",)) -> list[Json]:
     """Put the fault in and take it out again, REPEAT times or once a kind; the alerts on what it yields."""
     alerts = []
     for turn in range(max(REPEAT, len(kinds))):
-        since = len(trace.events)
+        here = said.fresh()
         with fault(on, list(kinds)[turn % len(kinds)]) as request:
-            alerts += told(trace, "alert", [request], since)
+            alerts += here.wait("alert", [request])
             if turn == 0:
                 time.sleep(SECOND_LOOK_S)
-        told(trace, "resolved", [request], since)
-    assert trace.finish() == 3
-    assert trace.summary["requests"]["in_flight"] == 0
+        here.wait("resolved", [request])
     assert [alert["kind"] for alert in alerts[: len(kinds)]] == list(kinds)
     return alerts
 
 
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize(("fault", "cause"), DONE_FAULTS, ids=lambda value: getattr(value, "__name__", value))
-def test_the_loop_does_not_come_round(on: Scene, trace: Trace, fault: Fault, cause: str) -> None:
+def test_the_loop_does_not_come_round(on: Scene, said: Said, fault: Fault, cause: str) -> None:
     """B, C and D: done, told, and the home thread does not come round."""
-    alerts = repeat(on, trace, fault)
-    assert causes_told(trace) == {cause}
+    alerts = repeat(on, said, fault)
+    assert said.causes() == {cause}
     for alert in alerts:
         assert alert["state"] == "THREAD_DONE"
         # A bottom half that runs is scheduled no more.
@@ -102,22 +125,22 @@ def test_the_loop_does_not_come_round(on: Scene, trace: Trace, fault: Fault, cau
 
 
 @pytest.mark.timeout(600)
-def test_an_iothread_waits_for_a_lock(on: Scene, trace: Trace) -> None:
+def test_an_iothread_waits_for_a_lock(on: Scene, said: Said) -> None:
     """D: its bottom half wants the AioContext, and a monitor command has it."""
     if on.context == on.main:
         with pytest.raises(LabError, match="an iothread"), causes.blocked_in_lock(on):
             pass
         return
-    alerts = repeat(on, trace, causes.blocked_in_lock)
-    assert causes_told(trace) == {"loop-blocked"}
+    alerts = repeat(on, said, causes.blocked_in_lock)
+    assert said.causes() == {"loop-blocked"}
     assert all("futex" in alert["explanation"] for alert in alerts)
 
 
 @pytest.mark.timeout(600)
-def test_the_storage_holds_a_request(on: Scene, trace: Trace) -> None:
+def test_the_storage_holds_a_request(on: Scene, said: Said) -> None:
     """F, with every kind of request."""
-    alerts = repeat(on, trace, causes.stuck_worker, KINDS)
-    assert causes_told(trace) == {"worker-stuck"}
+    alerts = repeat(on, said, causes.stuck_worker, KINDS)
+    assert said.causes() == {"worker-stuck"}
     calls = {alert["kind"]: alert["evidence"]["worker"]["syscall"].split()[0] for alert in alerts}
     assert calls == {"write": "pwrite64", "read": "pread64", "flush": "fdatasync", "discard": "fallocate"}
     assert all(alert["state"] == "THREAD_ACTIVE" and str(on.slow.file) in alert["explanation"] for alert in alerts)
@@ -125,37 +148,36 @@ def test_the_storage_holds_a_request(on: Scene, trace: Trace) -> None:
 
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("fault", QUEUE_FAULTS)
-def test_nobody_takes_a_request(on: Scene, trace: Trace, fault: Fault) -> None:
+def test_nobody_takes_a_request(on: Scene, said: Said, fault: Fault) -> None:
     """G2 and G3: workers are idle, or could be made."""
-    alerts = repeat(on, trace, fault)
+    alerts = repeat(on, said, fault)
     assert {alert["state"] for alert in alerts} == {"THREAD_QUEUED"}
-    assert causes_told(trace, "THREAD_QUEUED") == {"queue-stalled"}
-    assert causes_told(trace, "THREAD_ACTIVE") <= {"worker-stuck"}
+    assert said.causes("THREAD_QUEUED") == {"queue-stalled"}
+    assert said.causes("THREAD_ACTIVE") <= {"worker-stuck"}
 
 
 @pytest.mark.timeout(600)
-def test_a_lost_flush_and_a_drain(on: Scene, trace: Trace) -> None:
+def test_a_lost_flush_and_a_drain(on: Scene, said: Said) -> None:
     """A, and somebody types `stop`: the main thread waits in bdrv_drain_all, the cause is the same."""
-    alerts = repeat(on, trace, lambda scene, _kind: causes.draining(scene), ("flush",))
-    assert causes_told(trace) == {"lost-wakeup"}
+    alerts = repeat(on, said, lambda scene, _kind: causes.draining(scene), ("flush",))
+    assert said.causes() == {"lost-wakeup"}
     assert all(alert["evidence"]["bottom_half_scheduled"] is False for alert in alerts)
 
 
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_lost_wakeup(on: Scene, trace: Trace, kind: str) -> None:
+def test_a_lost_wakeup(on: Scene, said: Said, kind: str) -> None:
     """A, freed by chance after its deadline."""
     requests = 0
     for _ in range(REPEAT):
-        since = len(trace.events)
+        here = said.fresh()
         lost = faults.lose(on.qemu, "d0", kind, on.pool)
         requests += len(lost.requests)
-        told(trace, "alert", lost.requests, since)
+        here.wait("alert", lost.requests)
         lost.free()
-        told(trace, "resolved", lost.requests, since)
-    assert trace.finish() == 3
-    assert causes_told(trace) == {"lost-wakeup"}
-    assert len(trace.named("alert")) == len(trace.named("resolved")) == requests
+        here.wait("resolved", lost.requests)
+    assert said.causes() == {"lost-wakeup"}
+    assert len(said.named("alert")) == requests
 
 
 @pytest.mark.timeout(600)
@@ -174,28 +196,26 @@ def test_freed_before_the_deadline(on: Scene) -> None:
 
 
 @pytest.mark.timeout(600)
-def test_a_stopped_process(on: Scene, trace: Trace) -> None:
+def test_a_stopped_process(on: Scene, said: Said) -> None:
     """SIGSTOP, whatever the request waits for."""
     for _ in range(REPEAT):
-        since = len(trace.events)
+        here = said.fresh()
         with causes.unpolled_kick(on) as request:
             stop_process(on.qemu.pid)
             try:
-                told(trace, "alert", [request], since)
+                here.wait("alert", [request])
             finally:
                 continue_process(on.qemu.pid)
-    assert trace.finish() == 3
-    assert "stopped" in causes_told(trace)
+    assert "stopped" in said.causes()
 
 
 @pytest.mark.timeout(900)
-def test_every_worker_is_busy(on: Scene, trace: Trace) -> None:
+def test_every_worker_is_busy(on: Scene, said: Said) -> None:
     """F and G1: 64 requests wait for the storage, more wait for a worker. Last: it leaves 64 workers."""
     for _ in range(max(1, REPEAT // 2)):
-        since = len(trace.events)
+        here = said.fresh()
         with causes.full_queue(on) as queued:
-            told(trace, "alert", on.requests(), since)
+            here.wait("alert", on.requests())
             assert set(queued) == set(on.requests(RequestState.THREAD_QUEUED))
-    assert trace.finish() == 3
-    assert causes_told(trace, "THREAD_ACTIVE") == {"worker-stuck"}
-    assert causes_told(trace, "THREAD_QUEUED") == {"queue-full"}
+    assert said.causes("THREAD_ACTIVE") == {"worker-stuck"}
+    assert said.causes("THREAD_QUEUED") == {"queue-full"}

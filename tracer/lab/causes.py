@@ -18,7 +18,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from tracer.build import load, read_build
+from tracer.build import read_build
 from tracer.errors import LabError
 from tracer.lab import faults
 from tracer.lab.context import Context, context_at
@@ -29,7 +29,6 @@ from tracer.lab.ptrace import HeldThread, held_thread
 from tracer.lab.qemu import Qemu, paused
 from tracer.lab.storage import Storage, storage
 from tracer.layout import RequestState
-from tracer.memory import LiveMemory
 from tracer.sites.model import CALLBACK
 from tracer.target import open_target
 
@@ -105,8 +104,8 @@ def scene(iothread: bool = False, chroot: Path | None = None) -> Iterator[Scene]
 def _scene(qemu: Qemu, slow: Storage, other: Storage, pool: PoolHandle, home: int) -> Scene:
     target = open_target(qemu.pid)
     build = read_build(target.image_path, target.exe)
-    with contextlib.closing(LiveMemory(target)) as memory:
-        main_context = load(target, memory, build).main_context
+    if build.located.main_context is None:
+        raise LabError("where QEMU keeps its main AioContext is not known")
     bias = target.entry_address() - build.entry
     sparse = NbdClient(qemu.folder / "nbd", "d1", sparse=True)
     qemu.on_exit(sparse.close)
@@ -116,7 +115,7 @@ def _scene(qemu: Qemu, slow: Storage, other: Storage, pool: PoolHandle, home: in
         other,
         pool,
         context_at(qemu, _word(qemu, pool.pool + pool.layout.pool.context), home),
-        context_at(qemu, main_context or 0, qemu.pid),
+        context_at(qemu, _word(qemu, build.located.main_context + bias), qemu.pid),
         sparse,
         {name: address + bias for name, address in build.located.functions.items()},
         build.located.sites[CALLBACK].address + bias,
