@@ -15,7 +15,7 @@ import contextlib
 import struct
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from tracer.build import read_build
@@ -57,6 +57,15 @@ class Scene:
     sparse: NbdClient  # on d1
     functions: Mapping[str, int]  # QEMU's functions, where they are in this process
     callback_site: int
+    clients: list[NbdClient] = field(default_factory=list)  # kept: QEMU 7.2 does not survive their end
+
+    def submit(self, index: int, kind: str = "write") -> None:
+        """Send one request to d0, the one of that index of many: QEMU takes 16 a connection at once."""
+        while len(self.clients) <= index // IN_FLIGHT_PER_CLIENT:
+            client = NbdClient(self.qemu.folder / "nbd", "d0")
+            self.qemu.on_exit(client.close)
+            self.clients.append(client)
+        self.clients[index // IN_FLIGHT_PER_CLIENT].submit(kind)
 
     def requests(self, *states: RequestState) -> tuple[int, ...]:
         """The pool's requests in these states (none given: all), by address."""
@@ -143,13 +152,16 @@ def _held(on: Scene, *kinds: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _gone_after(on: Scene) -> Iterator[None]:
-    """Whatever the block does, the loop is woken after it, and no request is left then."""
+def _alone(on: Scene) -> Iterator[None]:
+    """The block begins with an empty pool; whatever it does, the loop is woken after it, and none is left."""
+    on.wait_empty()  # what freed an earlier fault may still be under way
     try:
         yield
     finally:
         on.wake()
         on.wait_empty()
+        for client in (on.sparse, *on.clients):
+            client.discard_replies()
 
 
 # F: the storage
@@ -158,7 +170,7 @@ def _gone_after(on: Scene) -> Iterator[None]:
 @contextlib.contextmanager
 def stuck_worker(on: Scene, kind: str = "write") -> Iterator[int]:
     """The storage does not answer: the request is THREAD_ACTIVE. Yields its address."""
-    with _gone_after(on), _held(on, kind):
+    with _alone(on), _held(on, kind):
         (request,) = on.requests(ACTIVE)
         yield request
 
@@ -172,7 +184,7 @@ def lost_kick(on: Scene, kind: str = "write") -> Iterator[int]:
 
     That is what a missing barrier makes of AioContext.notify_me. Yields the request.
     """
-    with _gone_after(on):
+    with _alone(on):
         with contextlib.ExitStack() as told, _held(on, kind):
             told.callback(_restore_notify_me, on, on.context.notify_me)
             on.context.set_notify_me(0)
@@ -193,7 +205,7 @@ def unpolled_kick(on: Scene, kind: str = "write") -> Iterator[int]:
     The thread is held for a moment; when it goes on, the kernel reads the array of its poll(2) anew. The
     array is mended before the loop is woken: glib does not survive a surprise in it.
     """
-    with _gone_after(on), contextlib.ExitStack() as undo:
+    with _alone(on), contextlib.ExitStack() as undo:
         with _held(on, kind), held_thread(on.qemu.pid, on.context.home_tid):
             entry = _poll_entry(on.context)
             undo.callback(poke, on.qemu.pid, entry, struct.pack("<i", on.context.fd))
@@ -221,7 +233,7 @@ def _poll_entry(context: Context) -> int:
 @contextlib.contextmanager
 def blocked_in_storage(on: Scene, kind: str = "write") -> Iterator[int]:
     """The home thread asks the other storage where d1 has data, by lseek(2), and gets no answer."""
-    with _gone_after(on), contextlib.ExitStack() as undo:
+    with _alone(on), contextlib.ExitStack() as undo:
         with _held(on, kind):
             undo.enter_context(on.other.held())
             on.sparse.submit("read", HOLE)
@@ -243,7 +255,7 @@ def blocked_in_lock(on: Scene, kind: str = "write", seconds: int = 3) -> Iterato
     """
     if on.context == on.main:
         raise LabError("the main loop cannot wait for itself: this needs an iothread")
-    with _gone_after(on), contextlib.ExitStack() as undo:
+    with _alone(on), contextlib.ExitStack() as undo:
         with _held(on, kind):
             line = f'qemu-io d0 "sleep {seconds * 1000}"'
             undo.enter_context(faults.unanswered(on.qemu, "human-monitor-command", {"command-line": line}))
@@ -264,7 +276,7 @@ def spinning(on: Scene, kind: str = "write") -> Iterator[int]:
     """The home thread turns round and round at the entry of thread_pool_completion_bh."""
     entry = on.functions["thread_pool_completion_bh"]
     original = peek(on.qemu.pid, entry, len(SPIN))
-    with _gone_after(on), contextlib.ExitStack() as undo:
+    with _alone(on), contextlib.ExitStack() as undo:
         with _held(on, kind):
             undo.callback(poke, on.qemu.pid, entry, original)
             poke(on.qemu.pid, entry, SPIN)
@@ -280,25 +292,17 @@ def spinning(on: Scene, kind: str = "write") -> Iterator[int]:
 def full_queue(on: Scene, more: int = 6) -> Iterator[tuple[int, ...]]:
     """All workers wait for the storage, and `more` requests for a worker. Yields those that are queued."""
     most = on.counter("max_threads")
-    clients = [_client(on.qemu) for _ in range(0, most + more, IN_FLIGHT_PER_CLIENT)]
-    with _gone_after(on), on.slow.held():
+    with _alone(on), on.slow.held():
         for index in range(most + more):
-            clients[index // IN_FLIGHT_PER_CLIENT].submit("write")
+            on.submit(index)
             on.wait_states(active=min(index + 1, most), queued=max(0, index + 1 - most))
         yield on.requests(QUEUED)
-
-
-def _client(qemu: Qemu) -> NbdClient:
-    """One more connection to d0; it is kept, because QEMU 7.2 does not survive its end."""
-    client = NbdClient(qemu.folder / "nbd", "d0")
-    qemu.on_exit(client.close)
-    return client
 
 
 @contextlib.contextmanager
 def sleeping_workers(on: Scene, kind: str = "write") -> Iterator[int]:
     """Idle workers stand still one by one, so that none hears the call. Yields the queued request."""
-    with _gone_after(on), contextlib.ExitStack() as undo:
+    with _alone(on), contextlib.ExitStack() as undo:
         for tid in _idle_workers(on):
             undo.enter_context(held_thread(on.qemu.pid, tid))
         on.qemu.submit("d0", kind)
@@ -326,12 +330,12 @@ def missed_spawn(on: Scene, kind: str = "write") -> Iterator[int]:
     QEMU does that by itself: a worker that was called counts as idle until it runs, so the next request
     asks for no other. The worker takes the first, and the second waits as long as the first does.
     """
-    with _gone_after(on), on.slow.held():
+    with _alone(on), on.slow.held():
         with contextlib.ExitStack() as held:
             idle = [held.enter_context(held_thread(on.qemu.pid, tid)) for tid in _idle_workers(on)]
-            for count in range(len(idle) + 1):
-                on.qemu.submit("d0", kind)
-                on.wait_states(queued=count + 1)
+            for index in range(len(idle) + 1):
+                on.submit(index, kind)
+                on.wait_states(queued=index + 1)
         on.wait_states(active=len(idle), queued=1)
         yield on.requests(QUEUED)[0]
 
@@ -339,24 +343,33 @@ def missed_spawn(on: Scene, kind: str = "write") -> Iterator[int]:
 @contextlib.contextmanager
 def lost_spawn(on: Scene, kind: str = "write") -> Iterator[int]:
     """All workers are busy, and the bottom half that starts another one is lost. Yields the queued request."""
-    with _gone_after(on), contextlib.ExitStack() as undo, on.slow.held():
+    half = _spawner(on)
+    with _alone(on), contextlib.ExitStack() as undo, on.slow.held():
         busy = _occupy(on)
-        half = _spawner(on)
-        flags = half + on.pool.layout.bottom_half.flags
-        undo.callback(on.context.schedule, half, on.pool.layout.bottom_half)
-        on.qemu.wait_until(lambda: not any(peek(on.qemu.pid, flags, 4)), what="it to be idle")
-        poke(on.qemu.pid, flags, struct.pack("<I", on.pool.layout.bottom_half.pending_mask))
-        on.qemu.submit("d0", kind)
-        on.wait_states(active=busy, queued=1)
-        poke(on.qemu.pid, flags, bytes(4))
+        with _marked(on, half):
+            undo.callback(on.context.schedule, half, on.pool.layout.bottom_half)
+            on.submit(busy, kind)
+            on.wait_states(active=busy, queued=1)
         yield on.requests(QUEUED)[0]
+
+
+@contextlib.contextmanager
+def _marked(on: Scene, half: int) -> Iterator[None]:
+    """For the time of the block nobody can schedule that bottom half; it is idle before and after."""
+    layout = on.pool.layout.bottom_half
+    on.qemu.wait_until(lambda: not any(peek(on.qemu.pid, half + layout.flags, 4)), what="the bottom half to be idle")
+    poke(on.qemu.pid, half + layout.flags, struct.pack("<I", layout.pending_mask))
+    try:
+        yield
+    finally:
+        poke(on.qemu.pid, half + layout.flags, bytes(4))
 
 
 def _occupy(on: Scene) -> int:
     """Give every idle worker something to wait for; how many requests that took."""
     busy = 0
     while busy == 0 or on.counter("idle_threads"):
-        on.qemu.submit("d0", "write")
+        on.submit(busy)
         busy += 1
         on.wait_states(active=busy)
     return busy
@@ -384,7 +397,7 @@ def nested_wait(on: Scene, kind: str = "write") -> Iterator[int]:
     the first of two callbacks it calls aio_poll(), with the bottom half taken off as in that bug. Once
     woken it goes on as if nothing had been. Yields the request that is left.
     """
-    with _gone_after(on):
+    with _alone(on):
         with contextlib.ExitStack() as led, _held(on, kind, "write"):
             thread = led.enter_context(held_thread(on.qemu.pid, on.context.home_tid))
             led.enter_context(_led_into_wait(on, thread))
@@ -412,10 +425,11 @@ def _led_into_wait(on: Scene, thread: HeldThread) -> Iterator[None]:
 @contextlib.contextmanager
 def draining(on: Scene) -> Iterator[int]:
     """A lost flush, and then `stop` on the monitor: the main thread waits in bdrv_drain_all for it."""
-    lost = faults.lose(on.qemu, "d0", "flush", on.pool)
-    with _gone_after(on), faults.unanswered(on.qemu, "stop", {}):
-        try:
-            on.qemu.wait_until(lambda: on.main.notify_me > 1 and on.main.asleep(), what="the main thread to drain")
-            yield lost.request
-        finally:
-            on.context.schedule(on.pool.bottom_half, on.pool.layout.bottom_half)
+    with _alone(on):
+        lost = faults.lose(on.qemu, "d0", "flush", on.pool)
+        with faults.unanswered(on.qemu, "stop", {}):
+            try:
+                on.qemu.wait_until(lambda: on.main.notify_me > 1 and on.main.asleep(), what="the main thread to drain")
+                yield lost.request
+            finally:
+                on.context.schedule(on.pool.bottom_half, on.pool.layout.bottom_half)

@@ -10,6 +10,7 @@ iothread leaves ("nbd_blockdev_client_closed: Assertion `qemu_in_main_thread()'"
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import struct
 from pathlib import Path
@@ -77,6 +78,18 @@ class NbdClient:
                 self._receive(0 if error else size)
             self._finished[finished] = error
         return self._finished.pop(handle)
+
+    def discard_replies(self) -> None:
+        """Throw away what has come so far; no request of this client can be waited for after that.
+
+        QEMU takes no more requests from a client that lets some 250 replies lie.
+        """
+        timeout = self._socket.gettimeout()
+        self._socket.setblocking(False)
+        with contextlib.suppress(BlockingIOError):
+            while self._socket.recv(65536):
+                pass
+        self._socket.settimeout(timeout)
 
     def close(self) -> None:
         """Leave; only once QEMU is gone."""

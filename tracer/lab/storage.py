@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from tracer.lab.process import continue_process, stop_process
-from tracer.lab.qemu import MIB, STORAGE_DAEMON, Drive, Qemu, make_place, start
+from tracer.lab.qemu import MIB, STORAGE_DAEMON, Drive, Place, Qemu, make_place, start
 
 MNT_DETACH = 2
 
@@ -45,14 +45,18 @@ class Storage(Qemu):
 
 
 def storage(size: int = 64 * MIB, chroot: Path | None = None) -> Storage:
-    """Start it; the file is there when this returns. A QEMU in `chroot` finds it by drive()."""
+    """Start it; the file is there when this returns. A QEMU in `chroot` finds it by drive().
+
+    The daemon itself is always this host's own: old ones cannot show a file, and a chroot has no /dev/fuse.
+    """
     place = make_place(chroot)
     backing = place.folder / "backing"
     disk = place.folder / "disk"
     for path in (backing, disk):
         path.touch()
     os.truncate(backing, size)
-    daemon = start(place, _arguments(backing, disk), [], "output", Storage, has_hmp=False)
+    daemon = start(Place(place.folder, None), _arguments(backing, disk), [], "output", Storage, has_hmp=False)
+    daemon.inside = place.inside
     daemon.on_exit(lambda: _unmount(disk))
     try:
         daemon.wait_until(lambda: os.path.ismount(disk), what="the FUSE export")
