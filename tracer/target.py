@@ -22,7 +22,7 @@ AT_ENTRY = 9
 
 # System calls in which a thread may sleep for long, by number; arch/x86/entry/syscalls/syscall_64.tbl.
 _SYSCALLS_X86_64 = {
-    0: "read", 1: "write", 2: "open", 3: "close", 7: "poll", 16: "ioctl", 17: "pread64", 18: "pwrite64",
+    0: "read", 1: "write", 2: "open", 3: "close", 7: "poll", 8: "lseek", 16: "ioctl", 17: "pread64", 18: "pwrite64",
     19: "readv", 20: "writev", 23: "select", 35: "nanosleep", 42: "connect", 43: "accept", 44: "sendto",
     45: "recvfrom", 46: "sendmsg", 47: "recvmsg", 61: "wait4", 73: "flock", 74: "fsync", 75: "fdatasync",
     76: "truncate", 77: "ftruncate", 101: "ptrace", 128: "rt_sigtimedwait", 130: "rt_sigsuspend",
@@ -57,7 +57,7 @@ PAGE_ZERO = 4096  # no address is below it
 FILE_SYSCALLS = frozenset(
     {
         *("read", "write", "pread64", "pwrite64", "readv", "writev", "preadv", "pwritev", "preadv2", "pwritev2"),
-        *("fsync", "fdatasync", "sync_file_range", "syncfs", "fallocate", "ftruncate", "flock", "ioctl"),
+        *("lseek", "fsync", "fdatasync", "sync_file_range", "syncfs", "fallocate", "ftruncate", "flock", "ioctl"),
         *("connect", "accept", "accept4", "sendto", "recvfrom", "sendmsg", "recvmsg", "recvmmsg"),
     }
 )

@@ -375,8 +375,15 @@ def busy_main_loop(qemu: Qemu, seconds: float) -> Iterator[None]:
     began = time.monotonic()
     qemu.qmp("pmemsave", val=NO_MEMORY, size=probe, filename="/dev/null")
     size = int(probe * seconds / (time.monotonic() - began))
+    with unanswered(qemu, "pmemsave", {"val": NO_MEMORY, "size": size, "filename": "/dev/null"}):
+        yield
+
+
+@contextlib.contextmanager
+def unanswered(qemu: Qemu, command: str, arguments: dict[str, object]) -> Iterator[None]:
+    """Send a command to a monitor of its own, and wait for the answer only after the block."""
     with _raw_monitor(qemu) as monitor:
-        monitor.sendall(_qmp_line("pmemsave", {"val": NO_MEMORY, "size": size, "filename": "/dev/null"}))
+        monitor.sendall(_qmp_line(command, arguments))
         yield
         while b'"return"' not in monitor.recv(65536):
             pass

@@ -10,6 +10,7 @@ iothread leaves ("nbd_blockdev_client_closed: Assertion `qemu_in_main_thread()'"
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import struct
 from pathlib import Path
@@ -21,27 +22,37 @@ REQUEST_MAGIC = 0x25609513
 REPLY_MAGIC = 0x67446698
 FIXED_NEWSTYLE_NO_ZEROES = 3
 EXPORT_NAME = 1
+STRUCTURED_REPLY = 8
 KINDS = {"read": 0, "write": 1, "flush": 3, "discard": 4, "unknown": 0x7F}
 
 
 class NbdClient:
-    """One connection to one export; requests may be sent ahead of their replies, QEMU takes up to 16."""
+    """One connection to one export; requests may be sent ahead of their replies, QEMU takes up to 16.
 
-    def __init__(self, path: Path, export: str, timeout: float = 30.0) -> None:
+    A `sparse` one has holes told apart: before each read QEMU asks the file where data is, by lseek(2) in
+    the thread that serves the export. Its replies are of another form and cannot be waited for.
+    """
+
+    def __init__(self, path: Path, export: str, timeout: float = 30.0, sparse: bool = False) -> None:
         self._socket = socket.socket(socket.AF_UNIX)
         self._socket.settimeout(timeout)
         self._socket.connect(str(path))
         self._handle = 0
         self._reads: dict[int, int] = {}
         self._finished: dict[int, int] = {}
-        self._negotiate(export)
+        self._negotiate(export, sparse)
 
-    def _negotiate(self, export: str) -> None:
+    def _negotiate(self, export: str, sparse: bool) -> None:
         self._receive(18)
-        name = export.encode()
-        option = OPTION_MAGIC + struct.pack(">II", EXPORT_NAME, len(name)) + name
-        self._socket.sendall(struct.pack(">I", FIXED_NEWSTYLE_NO_ZEROES) + option)
+        self._socket.sendall(struct.pack(">I", FIXED_NEWSTYLE_NO_ZEROES))
+        if sparse:
+            self._option(STRUCTURED_REPLY)
+            self._receive(20)  # acknowledged
+        self._option(EXPORT_NAME, export.encode())
         self._receive(10)  # size and flags
+
+    def _option(self, number: int, data: bytes = b"") -> None:
+        self._socket.sendall(OPTION_MAGIC + struct.pack(">II", number, len(data)) + data)
 
     def submit(self, kind: str, offset: int = 0, size: int = 4096) -> int:
         """Send one request and return its handle without waiting for the reply.
@@ -67,6 +78,18 @@ class NbdClient:
                 self._receive(0 if error else size)
             self._finished[finished] = error
         return self._finished.pop(handle)
+
+    def discard_replies(self) -> None:
+        """Throw away what has come so far; no request of this client can be waited for after that.
+
+        QEMU takes no more requests from a client that lets some 250 replies lie.
+        """
+        timeout = self._socket.gettimeout()
+        self._socket.setblocking(False)
+        with contextlib.suppress(BlockingIOError):
+            while self._socket.recv(65536):
+                pass
+        self._socket.settimeout(timeout)
 
     def close(self) -> None:
         """Leave; only once QEMU is gone."""

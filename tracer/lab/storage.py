@@ -42,7 +42,10 @@ class Storage(Qemu):
 
 
 def storage(size: int = 64 * MIB, chroot: Path | None = None) -> Storage:
-    """Start it; the file is there when this returns. drive() is for QEMUs in the same `chroot`."""
+    """Start it; the file is there when this returns. A QEMU in `chroot` finds it by drive().
+
+    The daemon itself is always this host's own: old ones cannot show a file, and a chroot has no /dev/fuse.
+    """
     place = make_place(chroot)
     backing = place.folder / "backing"
     disk = place.folder / "disk"

@@ -1,0 +1,221 @@
+"""Every cause told apart: each class of hang made on a real QEMU, in the main loop and in an iothread.
+
+Each fault comes and goes AIO_TRACE_REPEAT times under one trace, which must name its cause every time and
+no other one ever.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Collection, Iterator
+from contextlib import AbstractContextManager
+
+import pytest
+
+from tests.qemu.tracing import PATIENCE_S, Json, Trace, traced
+from tracer.errors import LabError
+from tracer.lab import causes, faults
+from tracer.lab.causes import Scene
+from tracer.lab.process import continue_process, stop_process, wait_until
+from tracer.layout import RequestState
+
+REPEAT = int(os.environ.get("AIO_TRACE_REPEAT", "2"))
+DEADLINES = ("--deadline", "300ms", "--slow", "500ms")
+#: A late request is judged anew after a second; seconds.
+SECOND_LOOK_S = 1.3
+
+Fault = Callable[[Scene, str], AbstractContextManager[int]]
+
+DONE_FAULTS: tuple[tuple[Fault, str], ...] = (
+    (causes.lost_kick, "lost-kick"),
+    (causes.unpolled_kick, "unpolled-kick"),
+    (causes.blocked_in_storage, "loop-blocked"),
+    (causes.spinning, "loop-busy"),
+)
+QUEUE_FAULTS = (causes.sleeping_workers, causes.missed_spawn, causes.lost_spawn)
+KINDS = ("write", "read", "flush", "discard")
+
+
+@pytest.fixture(scope="module", params=["main loop", "iothread"])
+def on(request: pytest.FixtureRequest) -> Iterator[Scene]:
+    """A QEMU whose disk is served by the main loop or by an iothread."""
+    with causes.scene(iothread=request.param == "iothread") as scene:
+        yield scene
+
+
+@pytest.fixture(scope="module")
+def whole_trace(on: Scene) -> Iterator[Trace]:
+    """One trace for all tests of a scene; in the end every request was accounted for."""
+    with traced(on.qemu.pid, *DEADLINES) as running:
+        yield running
+        assert running.finish() == 3
+        assert running.summary["requests"]["in_flight"] == 0
+        assert running.summary["lost_records"] == 0
+
+
+class Said:
+    """What a trace says from now on."""
+
+    def __init__(self, trace: Trace) -> None:
+        self._trace = trace
+        self._from = len(trace.events)
+
+    def fresh(self) -> Said:
+        """What it says from now on, without what it said so far."""
+        return Said(self._trace)
+
+    def named(self, name: str) -> list[Json]:
+        """All events of that name so far."""
+        return [event for event in self._trace.events[self._from :] if event["event"] == name]
+
+    def wait(self, name: str, requests: Collection[int]) -> list[Json]:
+        """The events of that name about these requests, once each has had one."""
+        wanted = {hex(request) for request in requests}
+
+        def come() -> list[Json]:
+            found = [event for event in self.named(name) if event["request"] in wanted]
+            return found if {event["request"] for event in found} == wanted else []
+
+        return wait_until(come, PATIENCE_S, f"{name} for {len(wanted)} requests") if wanted else []
+
+    def causes(self, state: str | None = None) -> set[str]:
+        """The causes of all alerts, or of those about requests in one state."""
+        return {alert["cause"] for alert in self.named("alert") if state in (None, alert["state"])}
+
+
+@pytest.fixture
+def said(whole_trace: Trace) -> Iterator[Said]:
+    """What the trace says during one test; whatever it gave an alert on has gone on when the test ends."""
+    said = Said(whole_trace)
+    yield said
+    said.wait("resolved", {int(alert["request"], 16) for alert in said.named("alert")})
+
+
+def repeat(on: Scene, said: Said, fault: Fault, kinds: Collection[str] = ("write",)) -> list[Json]:
+    """Put the fault in and take it out again, REPEAT times or once a kind; the alerts on what it yields."""
+    alerts = []
+    for turn in range(max(REPEAT, len(kinds))):
+        here = said.fresh()
+        with fault(on, list(kinds)[turn % len(kinds)]) as request:
+            alerts += here.wait("alert", [request])
+            if turn == 0:
+                time.sleep(SECOND_LOOK_S)
+        here.wait("resolved", [request])
+    assert [alert["kind"] for alert in alerts[: len(kinds)]] == list(kinds)
+    return alerts
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize(("fault", "cause"), DONE_FAULTS, ids=lambda value: getattr(value, "__name__", value))
+def test_the_loop_does_not_come_round(on: Scene, said: Said, fault: Fault, cause: str) -> None:
+    """B, C and D: done, told, and the home thread does not come round."""
+    alerts = repeat(on, said, fault)
+    assert said.causes() == {cause}
+    for alert in alerts:
+        assert alert["state"] == "THREAD_DONE"
+        # A bottom half that runs is scheduled no more.
+        assert alert["evidence"]["bottom_half_scheduled"] == (cause != "loop-busy")
+        assert alert["evidence"]["home_thread"]["tid"] == on.context.home_tid
+    if cause == "loop-blocked":
+        assert all(f"lseek on {on.other.file}" in alert["explanation"] for alert in alerts)
+    if cause in ("lost-kick", "unpolled-kick"):
+        assert {bool(alert["evidence"]["eventfd_count"]) for alert in alerts} == {cause == "unpolled-kick"}
+        assert {alert["evidence"]["eventfd_polled"] for alert in alerts} == {cause == "lost-kick"}
+
+
+@pytest.mark.timeout(600)
+def test_an_iothread_waits_for_a_lock(on: Scene, said: Said) -> None:
+    """D: its bottom half wants the AioContext, and a monitor command has it."""
+    if on.context == on.main:
+        with pytest.raises(LabError, match="an iothread"), causes.blocked_in_lock(on):
+            pass
+        return
+    alerts = repeat(on, said, causes.blocked_in_lock)
+    assert said.causes() == {"loop-blocked"}
+    assert all("futex" in alert["explanation"] for alert in alerts)
+
+
+@pytest.mark.timeout(600)
+def test_the_storage_holds_a_request(on: Scene, said: Said) -> None:
+    """F, with every kind of request."""
+    alerts = repeat(on, said, causes.stuck_worker, KINDS)
+    assert said.causes() == {"worker-stuck"}
+    calls = {alert["kind"]: alert["evidence"]["worker"]["syscall"].split()[0] for alert in alerts}
+    assert calls == {"write": "pwrite64", "read": "pread64", "flush": "fdatasync", "discard": "fallocate"}
+    assert all(alert["state"] == "THREAD_ACTIVE" and str(on.slow.file) in alert["explanation"] for alert in alerts)
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("fault", QUEUE_FAULTS)
+def test_nobody_takes_a_request(on: Scene, said: Said, fault: Fault) -> None:
+    """G2 and G3: workers are idle, or could be made."""
+    alerts = repeat(on, said, fault)
+    assert {alert["state"] for alert in alerts} == {"THREAD_QUEUED"}
+    assert said.causes("THREAD_QUEUED") == {"queue-stalled"}
+    assert said.causes("THREAD_ACTIVE") <= {"worker-stuck"}
+
+
+@pytest.mark.timeout(600)
+def test_a_lost_flush_and_a_drain(on: Scene, said: Said) -> None:
+    """A, and somebody types `stop`: the main thread waits in bdrv_drain_all, the cause is the same."""
+    alerts = repeat(on, said, lambda scene, _kind: causes.draining(scene), ("flush",))
+    assert said.causes() == {"lost-wakeup"}
+    assert all(alert["evidence"]["bottom_half_scheduled"] is False for alert in alerts)
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_lost_wakeup(on: Scene, said: Said, kind: str) -> None:
+    """A, freed by chance after its deadline."""
+    requests = 0
+    for _ in range(REPEAT):
+        here = said.fresh()
+        lost = faults.lose(on.qemu, "d0", kind, on.pool)
+        requests += len(lost.requests)
+        here.wait("alert", lost.requests)
+        lost.free()
+        here.wait("resolved", lost.requests)
+    assert said.causes() == {"lost-wakeup"}
+    assert len(said.named("alert")) == requests
+
+
+@pytest.mark.timeout(600)
+def test_freed_before_the_deadline(on: Scene) -> None:
+    """A, B and C cured in time: not a word."""
+    with traced(on.qemu.pid, "--deadline", "20s") as trace:
+        for _ in range(REPEAT):
+            faults.lose(on.qemu, "d0", "write", on.pool).free()
+            for fault in (causes.lost_kick, causes.unpolled_kick):
+                with fault(on):
+                    pass
+        assert trace.finish() == 0
+    assert trace.named("alert") == []
+    requests = trace.summary["requests"]
+    assert requests["completed"] == requests["submitted"] > 0
+
+
+@pytest.mark.timeout(600)
+def test_a_stopped_process(on: Scene, said: Said) -> None:
+    """SIGSTOP, whatever the request waits for."""
+    for _ in range(REPEAT):
+        here = said.fresh()
+        with causes.unpolled_kick(on) as request:
+            stop_process(on.qemu.pid)
+            try:
+                here.wait("alert", [request])
+            finally:
+                continue_process(on.qemu.pid)
+    assert "stopped" in said.causes()
+
+
+@pytest.mark.timeout(900)
+def test_every_worker_is_busy(on: Scene, said: Said) -> None:
+    """F and G1: 64 requests wait for the storage, more wait for a worker. Last: it leaves 64 workers."""
+    for _ in range(max(1, REPEAT // 2)):
+        here = said.fresh()
+        with causes.full_queue(on) as queued:
+            here.wait("alert", on.requests())
+            assert set(queued) == set(on.requests(RequestState.THREAD_QUEUED))
+    assert said.causes("THREAD_ACTIVE") == {"worker-stuck"}
+    assert said.causes("THREAD_QUEUED") == {"queue-full"}
