@@ -118,7 +118,7 @@ def test_the_loop_does_not_come_round(on: Scene, said: Said, fault: Fault, cause
         assert alert["evidence"]["bottom_half_scheduled"] == (cause != "loop-busy")
         assert alert["evidence"]["home_thread"]["tid"] == on.context.home_tid
     if cause == "loop-blocked":
-        assert all(f"lseek on {on.other.file}" in alert["explanation"] for alert in alerts)
+        assert all(f"lseek on {on.other.disk}" in alert["explanation"] for alert in alerts)
     if cause in ("lost-kick", "unpolled-kick"):
         assert {bool(alert["evidence"]["eventfd_count"]) for alert in alerts} == {cause == "unpolled-kick"}
         assert {alert["evidence"]["eventfd_polled"] for alert in alerts} == {cause == "lost-kick"}
@@ -143,7 +143,7 @@ def test_the_storage_holds_a_request(on: Scene, said: Said) -> None:
     assert said.causes() == {"worker-stuck"}
     calls = {alert["kind"]: alert["evidence"]["worker"]["syscall"].split()[0] for alert in alerts}
     assert calls == {"write": "pwrite64", "read": "pread64", "flush": "fdatasync", "discard": "fallocate"}
-    assert all(alert["state"] == "THREAD_ACTIVE" and str(on.slow.file) in alert["explanation"] for alert in alerts)
+    assert all(alert["state"] == "THREAD_ACTIVE" and str(on.slow.disk) in alert["explanation"] for alert in alerts)
 
 
 @pytest.mark.timeout(600)
