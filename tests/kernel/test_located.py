@@ -82,7 +82,7 @@ def counted(program: Path, sites: tuple[Site, ...], found: Located) -> tuple[Sta
             process.stdin.flush()
             assert process.stdout.readline() == f"{WITH + WITHOUT + CO}\n"
             settle(probes)
-            return combined(probes.statistics()), len(probes.records())
+            return combined(probes.statistics().values()), len(probes.records())
         finally:
             probes.close()
 
@@ -90,7 +90,7 @@ def counted(program: Path, sites: tuple[Site, ...], found: Located) -> tuple[Sta
 def settle(probes: Probes) -> None:
     """The last worker may not have come to its probe yet when the program counts its work."""
     deadline = time.monotonic() + 10
-    while combined(probes.statistics()).done < WITH + WITHOUT + CO and time.monotonic() < deadline:
+    while combined(probes.statistics().values()).done < WITH + WITHOUT + CO and time.monotonic() < deadline:
         time.sleep(0.01)
 
 

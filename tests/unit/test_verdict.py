@@ -76,6 +76,7 @@ UNKNOWN = {
     "something else is missing": replace(DONE, missing=("the pool's list could not be read to the end",)),
     "told, asleep, bell not found": replace(DONE, looks=(TOLD,) * 3, bell_count=None),
     "told while it was looked at": replace(DONE, looks=(ASLEEP, TOLD, TOLD)),
+    "told at first, then not": replace(DONE, looks=(TOLD, ASLEEP, ASLEEP)),
     "told, and comes round": replace(DONE, looks=tuple(replace(TOLD, switches=n) for n in range(3))),
     "told, and leaves its poll": replace(DONE, looks=(TOLD, TOLD, ON_CPU)),
     "sleeps, where cannot be read": replace(DONE, looks=(replace(ELSEWHERE, syscall=None),) * 3),
