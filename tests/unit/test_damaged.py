@@ -27,7 +27,7 @@ from tracer.errors import ImageError, SitesNotFound
 from tracer.sites import locate
 from tracer.sites.model import SITE_NAMES, Located
 
-MUTANTS = int(os.environ.get("AIO_TRACE_MUTANTS", "400"))
+MUTANTS = int(os.environ.get("AIO_TRACE_MUTANTS", "240"))
 LONGEST_S = 5.0
 EXTREMES = (0, 1, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF, 1 << 40, (1 << 63) - 1, (1 << 64) - 1)
 
