@@ -1,0 +1,64 @@
+"""`aio-trace demo`: the whole story, and nothing left of it, also when it is interrupted."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.qemu.tracing import PATIENCE_S, ROOT
+
+DEMO = (sys.executable, str(ROOT / "cli.py"), "demo")
+
+
+def left_of(folder: Path) -> list[str]:
+    """Processes that still use the folder, and what is still in it."""
+    users = []
+    for name in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            command = Path(f"/proc/{name}/cmdline").read_bytes().decode(errors="replace").replace("\0", " ")
+        except OSError:
+            continue
+        if str(folder) in command:
+            users.append(command)
+    return users + [path.name for path in folder.iterdir()]
+
+
+@pytest.mark.parametrize("options", [(), ("--drain",)], ids=["plain", "drain"])
+def test_the_whole_story(tmp_path: Path, options: tuple[str, ...]) -> None:
+    """Alert, cause, standstill, freed, goes on; --drain with a dead monitor and the call inside QEMU."""
+    done = subprocess.run(
+        [*DEMO, *options],
+        env=os.environ | {"TMPDIR": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE_S,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "ALERT lost-wakeup" in done.stdout
+    assert "resolved" in done.stdout
+    assert "it hangs" in done.stderr
+    assert "the guest goes on" in done.stderr
+    assert ("--force" in done.stderr) == bool(options)
+    assert left_of(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("number", "after_s"), [(signal.SIGINT, 0.4), (signal.SIGTERM, 2.0), (signal.SIGINT, 5.0), (signal.SIGTERM, 9.0)]
+)
+def test_interrupted(tmp_path: Path, number: signal.Signals, after_s: float) -> None:
+    """Any moment will do: it ends by itself, without a traceback, and leaves nothing."""
+    demo = subprocess.Popen(
+        DEMO, env=os.environ | {"TMPDIR": str(tmp_path)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    time.sleep(after_s)
+    demo.send_signal(number)
+    _, errors = demo.communicate(timeout=PATIENCE_S)
+    assert "Traceback" not in errors
+    assert "Exception" not in errors
+    assert left_of(tmp_path) == []
