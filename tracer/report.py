@@ -200,6 +200,7 @@ def _alert_body(event: Alert) -> dict[str, Any]:
         "cause": event.cause,
         "explanation": event.explanation,
         "evidence": dict(event.evidence),
+        "draining": event.evidence.get("draining"),
         "seen_from": event.seen_from,
         "submit_age_s": None if event.submit_age_s is None else round(event.submit_age_s, 6),
     }
