@@ -93,7 +93,7 @@ FIELDS = {
     "summary": COUNTS_FIELDS,
     "alert": {
         *("event", "time", "pid", "request", "pool", "context", "kind", "file", "offset", "bytes", "state", "ret"),
-        *("age_s", "deadline_s", "overdue_s", "cause", "explanation", "evidence", "seen_from"),
+        *("age_s", "deadline_s", "overdue_s", "cause", "explanation", "evidence", "draining", "seen_from"),
         "submit_age_s",
     },
     "resolved": {"event", "time", "pid", "request", "pool", "after_s"},
@@ -154,7 +154,7 @@ def test_what_is_not_known_is_null() -> None:
     )
     (found,) = written(unknown)
     assert {name for name, value in found.items() if value is None} == {
-        *("pool", "context", "kind", "file", "offset", "bytes", "ret", "submit_age_s")
+        *("pool", "context", "kind", "file", "offset", "bytes", "ret", "submit_age_s", "draining")
     }
     (sampled,) = written(replace(COUNTS, requests=Requests(None, None, None, None, None)))
     assert set(sampled["requests"].values()) == {None}
