@@ -8,9 +8,11 @@ still be those of the sound one. AIO_TRACE_MUTANTS sets how many there are.
 
 from __future__ import annotations
 
+import io
 import os
 import random
 import struct
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -22,12 +24,15 @@ from elftools.elf.elffile import ELFFile
 
 from tests.conftest import require
 from tests.targets import Recipe, build, stripped, with_mini_debug_info
+from tracer.check import check_file
 from tracer.elf import Image
-from tracer.errors import ImageError, SitesNotFound
+from tracer.errors import AioTraceError, ImageError, SitesNotFound
+from tracer.report import TableWriter, as_json
 from tracer.sites import locate
 from tracer.sites.model import SITE_NAMES, Located
 
 MUTANTS = int(os.environ.get("AIO_TRACE_MUTANTS", "240"))
+EVERY = 8  # of them goes through the command, too, and is written for people and for programs
 LONGEST_S = 5.0
 EXTREMES = (0, 1, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF, 1 << 40, (1 << 63) - 1, (1 << 64) - 1)
 
@@ -144,6 +149,23 @@ def sentence(message: str) -> bool:
     return False
 
 
+def through_the_command(data: bytes) -> None:
+    """What `check --exe` says of it: a report, or one sentence."""
+    with tempfile.NamedTemporaryFile() as file:
+        file.write(data)
+        file.flush()
+        try:
+            found = check_file(file.name)
+        except AioTraceError as error:
+            sentence(error.message)
+            return
+        lines = TableWriter(io.StringIO(), lambda text: None)
+        lines.write(found.event)
+        as_json(found.event)
+        if found.failure:
+            sentence(found.failure.message)
+
+
 def run(path: Path, count: int, seed: int) -> None:
     sound = subject(path)
     right = sites(sound.truth) | every_strategy(path)
@@ -152,6 +174,8 @@ def run(path: Path, count: int, seed: int) -> None:
         started = time.process_time()
         try:
             located += check(area, data, sound, right)
+            if number % EVERY == 0:
+                through_the_command(data)
         except Exception as error:
             error.add_note(f"{path.name}: mutant {number}, changed in {area}")
             raise
