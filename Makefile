@@ -41,6 +41,12 @@ test: root packages-test lint ## All checks and tests, with real QEMUs (root)
 test-matrix: root packages-matrix $(VENV)/.dev ## Live tests on the QEMUs of other Debian releases, in roots of their own (root)
 	@status=0; $(BIN)/python -m pytest -m matrix tests/matrix || status=$$?; $(GIVE_BACK); exit $$status
 
+.PHONY: soak
+soak: root packages-test $(VENV)/.dev ## The tests' long forms, hours of them (root)
+	@AIO_TRACE_SOAK_S=120 AIO_TRACE_REPEAT=20 AIO_TRACE_INSPECT_LOAD=10000 AIO_TRACE_MUTATIONS=1000 \
+	AIO_TRACE_MUTANTS=10000 AIO_TRACE_MATRIX=1 AIO_TRACE_NUDGE_ROUNDS=100 AIO_TRACE_NUDGE_REFUSALS=1000 \
+	$(BIN)/python -m pytest --override-ini timeout=10800 $(RINGS)
+
 .PHONY: check
 check: lint ## Format, lint, types and unit tests (no root)
 	@$(BIN)/python -m pytest tests/unit
