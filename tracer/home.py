@@ -23,6 +23,8 @@ WORK_SYSCALLS = FILE_SYSCALLS | {"copy_file_range"}
 CONTEXT_SIZE = 1024
 STACK_SIZE = 1 << 20
 TLS_SIZE = 8192
+#: From AioContext.bh_slice_list to AioContext.notifier; bytes.
+SLICES = 20
 MAX_POLL_SET = 65536
 #: Names of threads that run no context, where QEMU names its threads (-name debug-threads=on).
 NOT_HOME = re.compile(r"^(worker|CPU )")
@@ -101,15 +103,32 @@ def find_bell(view: ProcessView, context: int, thread: Thread | None) -> Bell:
     EventNotifier (include/qemu/event_notifier.h) has rfd and wfd, the same eventfd on Linux.
     """
     try:
-        words = struct.unpack(f"<{CONTEXT_SIZE // 4}i", view.memory.read(context, CONTEXT_SIZE))
+        data = view.memory.read(context, CONTEXT_SIZE)
     except FaultError:
         return Bell(None, None, None)
-    pairs = {a for a, b in pairwise(words) if a == b and a > 2}
-    bells = {fd: count for fd in pairs if (count := view.eventfd_count(fd)) is not None}
+    bells = {fd: count for fd in notifiers(data, context) if (count := view.eventfd_count(fd)) is not None}
     if len(bells) != 1:
         return Bell(None, None, None)
     fd, count = bells.popitem()
     return Bell(fd, count, None if thread is None else _listens(view, thread, fd))
+
+
+def notifiers(data: bytes, context: int) -> set[int]:
+    """The numbers that may be the eventfd in the bytes of the AioContext at `context`.
+
+    Counters of a context may be equal, too, and happen to be an eventfd's number (seen in 11.1). Since QEMU
+    commit 8c6b0356b539 (in v5.0) the notifier stands 20 bytes after bh_slice_list, which points at itself
+    while it is empty; where that shows, only that number counts.
+    """
+    words = struct.unpack(f"<{len(data) // 4}i", data[: len(data) // 4 * 4])
+    pairs = {4 * index: a for index, (a, b) in enumerate(pairwise(words)) if a == b and a > 2}
+    proved = {fd for offset, fd in pairs.items() if offset >= SLICES and _empty_list(data, context, offset - SLICES)}
+    return proved or set(pairs.values())
+
+
+def _empty_list(data: bytes, context: int, offset: int) -> bool:
+    """Whether an empty QSIMPLEQ (include/qemu/queue.h) stands there: no first, last points at first."""
+    return struct.unpack_from("<QQ", data, offset) == (0, context + offset)
 
 
 def _listens(view: ProcessView, thread: Thread, fd: int) -> bool | None:

@@ -40,6 +40,7 @@ NOBODY = -1  # poll(2) ignores it
 POOL_SIZE = 256  # bytes that are searched for the pool's other members
 LSEEK, FUTEX = 8, 202
 POLLS = (7, 271)  # poll, ppoll
+WAITS = (FUTEX, 219)  # restart_syscall: what a timed futex becomes once the process was stopped
 HOLE = 32 << 20  # nothing was written there
 IN_FLIGHT_PER_CLIENT = 16  # nbd/server.c: MAX_NBD_REQUESTS
 
@@ -303,6 +304,7 @@ def full_queue(on: Scene, more: int = 6) -> Iterator[tuple[int, ...]]:
 def sleeping_workers(on: Scene, kind: str = "write") -> Iterator[int]:
     """Idle workers stand still one by one, so that none hears the call. Yields the queued request."""
     with _alone(on), contextlib.ExitStack() as undo:
+        on.qemu.request("d0", "write")  # workers leave after ten idle seconds
         for tid in _idle_workers(on):
             undo.enter_context(held_thread(on.qemu.pid, tid))
         on.qemu.submit("d0", kind)
@@ -313,12 +315,11 @@ def sleeping_workers(on: Scene, kind: str = "write") -> Iterator[int]:
 def _idle_workers(on: Scene) -> list[int]:
     """They wait for a futex inside the pool."""
     pool = range(on.pool.pool, on.pool.pool + POOL_SIZE)
-    idle = on.counter("idle_threads")
 
     def waiting() -> list[int]:
         threads = open_target(on.qemu.pid).threads()
-        found = [t.tid for t in threads if t.syscall and t.syscall.name == "futex" and t.syscall.args[0] in pool]
-        return found if len(found) == idle > 0 else []
+        found = [t.tid for t in threads if t.syscall and t.syscall.number in WAITS and t.syscall.args[0] in pool]
+        return found if len(found) == on.counter("idle_threads") else []
 
     return list(on.qemu.wait_until(waiting, what="the workers to be idle"))
 
@@ -330,14 +331,16 @@ def missed_spawn(on: Scene, kind: str = "write") -> Iterator[int]:
     QEMU does that by itself: a worker that was called counts as idle until it runs, so the next request
     asks for no other. The worker takes the first, and the second waits as long as the first does.
     """
-    with _alone(on), on.slow.held():
-        with contextlib.ExitStack() as held:
-            idle = [held.enter_context(held_thread(on.qemu.pid, tid)) for tid in _idle_workers(on)]
-            for index in range(len(idle) + 1):
-                on.submit(index, kind)
-                on.wait_states(queued=index + 1)
-        on.wait_states(active=len(idle), queued=1)
-        yield on.requests(QUEUED)[0]
+    with _alone(on):
+        on.qemu.request("d0", "write")  # workers leave after ten idle seconds
+        with on.slow.held():
+            with contextlib.ExitStack() as held:
+                idle = [held.enter_context(held_thread(on.qemu.pid, tid)) for tid in _idle_workers(on)]
+                for index in range(len(idle) + 1):
+                    on.submit(index, kind)
+                    on.wait_states(queued=index + 1)
+            on.wait_states(active=len(idle), queued=1)
+            yield on.requests(QUEUED)[0]
 
 
 @contextlib.contextmanager
@@ -348,6 +351,7 @@ def lost_spawn(on: Scene, kind: str = "write") -> Iterator[int]:
         busy = _occupy(on)
         with _marked(on, half):
             undo.callback(on.context.schedule, half, on.pool.layout.bottom_half)
+            undo.callback(on.wait_empty)
             on.submit(busy, kind)
             on.wait_states(active=busy, queued=1)
         yield on.requests(QUEUED)[0]

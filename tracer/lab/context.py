@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from tracer.errors import LabError
 from tracer.home import parked
-from tracer.lab.process import continue_process, peek, poke, refuse_foreign, stop_process
+from tracer.lab.process import peek, poke, refuse_foreign
 from tracer.lab.qemu import Qemu
 from tracer.layout import BottomHalfLayout
 from tracer.target import Thread, open_target
@@ -82,17 +82,17 @@ class Context:
             os.close(descriptor)
 
     def schedule(self, bottom_half: int, layout: BottomHalfLayout) -> None:
-        """Queue a bottom half that is on no list, as qemu_bh_schedule() does, and wake the loop."""
+        """Queue a bottom half that is on no list, as qemu_bh_schedule() does, and wake the loop.
+
+        The process is not stopped for it, which would be seen; the loop sleeps, and the pool is idle.
+        """
         pid = self.qemu.pid
         flags, following = bottom_half + layout.flags, bottom_half + layout.opaque + 8
-        stop_process(pid)
-        try:
-            if not any(peek(pid, flags, 4)):
-                poke(pid, following, peek(pid, self.notifier + BH_LIST, 8))
-                poke(pid, flags, struct.pack("<I", layout.pending_mask | layout.scheduled_mask))
-                poke(pid, self.notifier + BH_LIST, struct.pack("<Q", bottom_half))
-        finally:
-            continue_process(pid)
+        self.qemu.wait_until(self.asleep, what="the loop to sleep")
+        if not any(peek(pid, flags, 4)):
+            poke(pid, following, peek(pid, self.notifier + BH_LIST, 8))
+            poke(pid, flags, struct.pack("<I", layout.pending_mask | layout.scheduled_mask))
+            poke(pid, self.notifier + BH_LIST, struct.pack("<Q", bottom_half))
         self.ring()
 
 
