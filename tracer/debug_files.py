@@ -39,7 +39,7 @@ class DebugFiles:
 
     def __init__(self, image: Image, place: Place | None = None) -> None:
         self._image = image
-        self._place = place or Place(os.path.realpath(image.path))
+        self._place = place or Place(_real_path(image.path))
         self._opened: list[Image] = []
         self.reasons: list[str] = []
 
@@ -149,3 +149,11 @@ def _unpacked(packed: bytes) -> bytes:
     if not unpacker.eof:
         raise ImageError("it is cut off, or far too large")
     return data
+
+
+def _real_path(path: str) -> str:
+    """Where the file is; the path as it is where that cannot be told (the kernel's limit is 4 KiB)."""
+    try:
+        return os.path.realpath(path)
+    except OSError:
+        return path
