@@ -13,14 +13,17 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from tracer import probes
 from tracer.build import Build, debug_place, read_build
 from tracer.errors import AioTraceError, HostError, NoSuchProcess, NotQemu, SitesNotFound, TargetExited
 from tracer.events import Alert, Event, Failure, Resolved
-from tracer.nudger import Nudger
 from tracer.target import Target, open_target, qemu_hint
 from tracer.watch import Settings, Watch
+
+if TYPE_CHECKING:
+    from tracer.nudger import Nudger
 
 FOREVER_S = 3600.0
 
@@ -136,6 +139,9 @@ class Session:
         watch = Watch(target, build, self._options.settings, self._emit)
         try:
             if self._options.nudge:
+                # The monitor's library takes as long to import as a third of all the rest.
+                from tracer.nudger import Nudger
+
                 self._nudger = Nudger(target, build, self._options.nudge, self._progress)
             watch.attach(started)
         except BaseException:
