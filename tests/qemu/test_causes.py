@@ -157,6 +157,13 @@ def test_nobody_takes_a_request(on: Scene, said: Said, fault: Fault) -> None:
 
 
 @pytest.mark.timeout(600)
+def test_a_callback_waits(on: Scene, said: Said) -> None:
+    """E: the bottom half is not scheduled, the home thread sleeps, and yet it is no lost wake-up."""
+    repeat(on, said, causes.nested_wait)
+    assert said.causes() == {"nested-wait"}
+
+
+@pytest.mark.timeout(600)
 def test_a_lost_flush_and_a_drain(on: Scene, said: Said) -> None:
     """A, and somebody types `stop`: the main thread waits in bdrv_drain_all, the cause is the same."""
     alerts = repeat(on, said, lambda scene, _kind: causes.draining(scene), ("flush",))
