@@ -26,6 +26,8 @@ LOOKS = 3
 LOOKS_FOR_POLL = 25
 LOOK_PAUSE_S = 0.004
 LOOKS_FOR_IDLE = 10
+#: For so long what was seen of a pool and of the threads serves for other requests, too; seconds.
+FRESH_S = 0.05
 ATTEMPTS = 3
 
 
@@ -49,6 +51,8 @@ class Looker:
         self._order = posix_aio.order_of(loaded.build.version)
         self._homes: dict[int, int] = {}
         self._stacks: dict[int, tuple[Thread, Stack]] = {}
+        self._pool_looks: dict[int, tuple[float, tuple[Look, ...]]] = {}
+        self._all_threads: tuple[float, list[Thread]] | None = None
 
     def home(self, context: int) -> Thread | None:
         """The thread that runs `context`, now; None when it could not be found out."""
@@ -96,7 +100,7 @@ class Looker:
         facts = self.first_facts(request, operation, age_s)
         facts = replace(facts, missing=self._missing(pool, address))
         if request.state == RequestState.THREAD_DONE:
-            looks = self._looks(pool, request)
+            looks = self._looks(pool, request, age_s)
             if looks is None:
                 return None
             facts = self.done_facts(pool, looks, facts)
@@ -124,13 +128,25 @@ class Looker:
         torn = self._reader.holds(pool, address) is None
         return ("the pool's list could not be read to the end",) if torn else ()
 
+    def _threads(self) -> list[Thread]:
+        """All threads, a moment ago at most: many requests may be late at once, and many threads work for them."""
+        if self._all_threads is None or time.monotonic() - self._all_threads[0] > FRESH_S:
+            threads = self._view.threads()
+            self._all_threads = time.monotonic(), threads
+        return self._all_threads[1]
+
     def process_stopped(self) -> bool:
         """Whether a signal, a debugger or the freezer holds the whole process."""
-        threads = self._view.threads()
+        threads = self._threads()
         return self._view.frozen or (bool(threads) and all(thread.stopped for thread in threads))
 
-    def _looks(self, pool: Pool, request: Request) -> tuple[Look, ...] | None:
+    def _looks(self, pool: Pool, request: Request, age_s: float) -> tuple[Look, ...] | None:
         """Several looks at bottom half and home thread; None when the request went on meanwhile."""
+        # What was seen of the pool a moment ago holds for all that were finished before that.
+        began, known = self._pool_looks.get(pool.address, (0.0, ()))
+        now = time.monotonic()
+        if known and now - began <= min(FRESH_S, age_s):
+            return known if self.same(request) else None
         looks: list[Look] = []
         while len(looks) < LOOKS or (len(looks) < LOOKS_FOR_POLL and _worth_looking_on(looks)):
             if looks:
@@ -138,6 +154,7 @@ class Looker:
             looks.append(self.one_look(pool, self.home(pool.context)))
             if not self.same(request):
                 return None
+        self._pool_looks[pool.address] = now, tuple(looks)
         return tuple(looks)
 
     def done_facts(self, pool: Pool, looks: tuple[Look, ...], facts: Facts) -> Facts:
@@ -238,7 +255,7 @@ class Looker:
             counts = None
         if not self.same(request):
             return None
-        threads = self._view.threads()
+        threads = self._threads()
         active = request.state == RequestState.THREAD_ACTIVE
         worker = self.worker_on(threads, operation) if active else None
         return replace(

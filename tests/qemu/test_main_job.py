@@ -215,7 +215,7 @@ def test_a_busy_guest_raises_no_alarm() -> None:
         assert not machine.failures()
     assert trace.named("alert") == []
     requests = trace.summary["requests"]
-    assert requests["completed"] > 1000
+    assert requests["completed"] > 100
     assert requests["submitted"] - requests["completed"] == requests["in_flight"]
     assert trace.summary["lost_records"] == 0
 
