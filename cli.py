@@ -266,6 +266,10 @@ def _interrupt(_number: int, _frame: Any) -> None:
     # Once is enough: cleaning up must not be interrupted in its turn.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
+    # What the monitor's library was about is of no interest any more.
+    import logging
+
+    logging.getLogger("asyncio").disabled = True
     raise Interrupted
 
 
@@ -399,10 +403,10 @@ def demo(drain: bool, verbose: bool) -> int:
     from tracer.report import TableWriter
 
     streams = Streams()
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, _interrupt)
     signal.signal(signal.SIGPIPE, signal.SIG_IGN)
     try:
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, _interrupt)
         Demo(TableWriter(streams.out, streams.progress, verbose=verbose).write, streams.progress, drain).run()
     except Interrupted:
         streams.progress("interrupted; the demo's guest is gone, nothing is left behind")

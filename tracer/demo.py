@@ -6,6 +6,7 @@ Knows: the order of the story. Everything it does to a QEMU, it does to the lab'
 from __future__ import annotations
 
 import queue
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -31,6 +32,18 @@ STEPS = 6
 DRAIN_STEPS = 3
 
 
+@contextmanager
+def private_folder() -> Iterator[None]:
+    """Temporary files go into a folder of their own meanwhile: an interruption at any moment leaves none."""
+    before = tempfile.tempdir
+    with tempfile.TemporaryDirectory(prefix="demo-", ignore_cleanup_errors=True) as folder:
+        tempfile.tempdir = folder
+        try:
+            yield
+        finally:
+            tempfile.tempdir = before
+
+
 class Demo:
     """One performance. `emit` gets the tracer's events, `progress` what people read in between."""
 
@@ -45,7 +58,7 @@ class Demo:
         """The whole story; LabError where it does not go as it should. Leaves nothing behind."""
         check_host()
         self._say("booting a small Linux guest in an emulated QEMU; it writes to its disk all the time")
-        with guest(Workload(mix=("write", "flush"), pause=0.02)) as machine:
+        with private_folder(), guest(Workload(mix=("write", "flush"), pause=0.02)) as machine:
             self._progress(f"  QEMU is process {machine.pid}; its guest has finished {machine.progress()} writes")
             self._say(f"what an operator types:  sudo aio-trace --pid {machine.pid}")
             with self._traced(machine):

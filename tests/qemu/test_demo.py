@@ -6,12 +6,22 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.qemu.tracing import PATIENCE_S, ROOT
+
+
+@pytest.fixture
+def folder() -> Iterator[Path]:
+    """Where the demo's temporary files go; a short path, since QEMU's sockets are in it."""
+    with tempfile.TemporaryDirectory(prefix="t-", dir="/tmp") as path:
+        yield Path(path)
+
 
 DEMO = (sys.executable, str(ROOT / "cli.py"), "demo")
 
@@ -30,11 +40,11 @@ def left_of(folder: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("options", [(), ("--drain",)], ids=["plain", "drain"])
-def test_the_whole_story(tmp_path: Path, options: tuple[str, ...]) -> None:
+def test_the_whole_story(folder: Path, options: tuple[str, ...]) -> None:
     """Alert, cause, standstill, freed, goes on; --drain with a dead monitor and the call inside QEMU."""
     done = subprocess.run(
         [*DEMO, *options],
-        env=os.environ | {"TMPDIR": str(tmp_path)},
+        env=os.environ | {"TMPDIR": str(folder)},
         capture_output=True,
         text=True,
         timeout=PATIENCE_S,
@@ -45,20 +55,20 @@ def test_the_whole_story(tmp_path: Path, options: tuple[str, ...]) -> None:
     assert "it hangs" in done.stderr
     assert "the guest goes on" in done.stderr
     assert ("--force" in done.stderr) == bool(options)
-    assert left_of(tmp_path) == []
+    assert left_of(folder) == []
 
 
 @pytest.mark.parametrize(
     ("number", "after_s"), [(signal.SIGINT, 0.4), (signal.SIGTERM, 2.0), (signal.SIGINT, 5.0), (signal.SIGTERM, 9.0)]
 )
-def test_interrupted(tmp_path: Path, number: signal.Signals, after_s: float) -> None:
+def test_interrupted(folder: Path, number: signal.Signals, after_s: float) -> None:
     """Any moment will do: it ends by itself, without a traceback, and leaves nothing."""
     demo = subprocess.Popen(
-        DEMO, env=os.environ | {"TMPDIR": str(tmp_path)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        DEMO, env=os.environ | {"TMPDIR": str(folder)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
     time.sleep(after_s)
     demo.send_signal(number)
     _, errors = demo.communicate(timeout=PATIENCE_S)
     assert "Traceback" not in errors
     assert "Exception" not in errors
-    assert left_of(tmp_path) == []
+    assert left_of(folder) == []
