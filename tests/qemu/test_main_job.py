@@ -183,8 +183,7 @@ def test_a_busy_main_loop_is_no_lost_wakeup() -> None:
     with paused([Drive(size=256 << 20)]) as machine:
         machine.request("d0", "write")
         with traced(machine.pid, "--deadline", "300ms") as trace:
-            machine.io("d0", "aio_write 0 128M")
-            with faults.busy_main_loop(machine, 3):
+            with faults.busy_main_loop(machine, 3, ahead='qemu-io d0 "aio_write 0 128M"'):
                 alert = trace.expect("alert")
             trace.expect("resolved")
             assert trace.finish() == 3

@@ -369,14 +369,23 @@ def stalled_completion(qemu: Qemu, drive: str, pool: PoolHandle, attempts: int =
 
 
 @contextlib.contextmanager
-def busy_main_loop(qemu: Qemu, seconds: float) -> Iterator[None]:
-    """A main loop that is on CPU inside one monitor command for about that many seconds."""
+def busy_main_loop(qemu: Qemu, seconds: float, ahead: str | None = None) -> Iterator[None]:
+    """A main loop that is on CPU inside one monitor command for about that many seconds.
+
+    `ahead` is a human monitor line that QEMU runs immediately before.
+    """
     probe = 16 * MIB
     began = time.monotonic()
     qemu.qmp("pmemsave", val=NO_MEMORY, size=probe, filename="/dev/null")
     size = int(probe * seconds / (time.monotonic() - began))
-    with unanswered(qemu, "pmemsave", {"val": NO_MEMORY, "size": size, "filename": "/dev/null"}):
+    commands = [] if ahead is None else [_qmp_line("human-monitor-command", {"command-line": ahead})]
+    commands.append(_qmp_line("pmemsave", {"val": NO_MEMORY, "size": size, "filename": "/dev/null"}))
+    with _raw_monitor(qemu) as monitor:
+        monitor.sendall(b"".join(commands))
         yield
+        answers = b""
+        while answers.count(b'"return"') < len(commands):
+            answers += monitor.recv(65536)
 
 
 @contextlib.contextmanager
