@@ -59,7 +59,7 @@ def test_the_whole_story(folder: Path, options: tuple[str, ...]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("number", "after_s"), [(signal.SIGINT, 0.4), (signal.SIGTERM, 2.0), (signal.SIGINT, 5.0), (signal.SIGTERM, 9.0)]
+    ("number", "after_s"), [(signal.SIGINT, 1.0), (signal.SIGTERM, 2.0), (signal.SIGINT, 5.0), (signal.SIGTERM, 9.0)]
 )
 def test_interrupted(folder: Path, number: signal.Signals, after_s: float) -> None:
     """Any moment will do: it ends by itself, without a traceback, and leaves nothing."""
