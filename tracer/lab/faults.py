@@ -342,8 +342,7 @@ def stalled_main_loop(qemu: Qemu, ahead: str | None = None, timeout: float = 10.
     fifo = qemu.folder / f"stall-{uuid4().hex}"
     os.mkfifo(fifo)
     stall = Stall(qemu, fifo)
-    commands = [] if ahead is None else [_qmp_line("human-monitor-command", {"command-line": ahead})]
-    commands.append(_qmp_line("pmemsave", {"val": 0, "size": 0, "filename": qemu.inside(fifo.name)}))
+    commands = _burst("pmemsave", {"val": 0, "size": 0, "filename": qemu.inside(fifo.name)}, ahead)
     with _raw_monitor(qemu) as monitor:
         monitor.sendall(b"".join(commands))
         try:
@@ -378,8 +377,17 @@ def busy_main_loop(qemu: Qemu, seconds: float, ahead: str | None = None) -> Iter
     began = time.monotonic()
     qemu.qmp("pmemsave", val=NO_MEMORY, size=probe, filename="/dev/null")
     size = int(probe * seconds / (time.monotonic() - began))
-    commands = [] if ahead is None else [_qmp_line("human-monitor-command", {"command-line": ahead})]
-    commands.append(_qmp_line("pmemsave", {"val": NO_MEMORY, "size": size, "filename": "/dev/null"}))
+    with unanswered(qemu, "pmemsave", {"val": NO_MEMORY, "size": size, "filename": "/dev/null"}, ahead):
+        yield
+
+
+@contextlib.contextmanager
+def unanswered(qemu: Qemu, command: str, arguments: dict[str, object], ahead: str | None = None) -> Iterator[None]:
+    """Send a command to a monitor of its own, and wait for the answer only after the block.
+
+    `ahead` is a human monitor line that QEMU runs immediately before.
+    """
+    commands = _burst(command, arguments, ahead)
     with _raw_monitor(qemu) as monitor:
         monitor.sendall(b"".join(commands))
         yield
@@ -388,14 +396,10 @@ def busy_main_loop(qemu: Qemu, seconds: float, ahead: str | None = None) -> Iter
             answers += monitor.recv(65536)
 
 
-@contextlib.contextmanager
-def unanswered(qemu: Qemu, command: str, arguments: dict[str, object]) -> Iterator[None]:
-    """Send a command to a monitor of its own, and wait for the answer only after the block."""
-    with _raw_monitor(qemu) as monitor:
-        monitor.sendall(_qmp_line(command, arguments))
-        yield
-        while b'"return"' not in monitor.recv(65536):
-            pass
+def _burst(command: str, arguments: dict[str, object], ahead: str | None) -> list[bytes]:
+    """The lines of a command, and of the human monitor's line ahead of it if there is one."""
+    first = [] if ahead is None else [_qmp_line("human-monitor-command", {"command-line": ahead})]
+    return [*first, _qmp_line(command, arguments)]
 
 
 def main_system_call(target: Target) -> str | None:
