@@ -10,12 +10,13 @@ PACKAGES_RUN := python3-venv python3-bpfcc
 PACKAGES_DEMO := $(PACKAGES_RUN) qemu-system-x86 qemu-utils busybox-static elfutils gdb
 PACKAGES_TEST := $(PACKAGES_DEMO) gcc libc6-dev clang lld
 PACKAGES_MATRIX := $(PACKAGES_TEST) debootstrap
+PACKAGES_BENCH := $(PACKAGES_TEST) bpftrace bpfcc-tools linux-perf strace
 
 RINGS := tests/unit tests/kernel tests/qemu
 
 # Under sudo the files made in the tree go back to whoever owns it.
 GIVE_BACK := if [ -n "$$SUDO_UID" ]; then \
-	for made in $(VENV) aio_trace.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis; do \
+	for made in $(VENV) aio_trace.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis bench/results; do \
 	if [ -e "$$made" ]; then chown -R "$$SUDO_UID:$$SUDO_GID" "$$made"; fi; done; fi
 
 .DEFAULT_GOAL := help
@@ -47,6 +48,10 @@ soak: root packages-test $(VENV)/.dev ## The tests' long forms, hours of them (r
 	AIO_TRACE_MUTANTS=10000 AIO_TRACE_MATRIX=1 AIO_TRACE_NUDGE_ROUNDS=100 AIO_TRACE_NUDGE_REFUSALS=1000 \
 	$(BIN)/python -m pytest --override-ini timeout=10800 $(RINGS)
 
+.PHONY: bench
+bench: root packages-bench install ## What tracing costs, beside what others would use (root, 25 minutes)
+	@status=0; $(BIN)/python -m bench || status=$$?; $(GIVE_BACK); exit $$status
+
 .PHONY: check
 check: lint ## Format, lint, types and unit tests (no root)
 	@$(BIN)/python -m pytest tests/unit
@@ -64,14 +69,14 @@ format: packages-run $(VENV)/.dev ## Format the code and mend what ruff can mend
 
 .PHONY: clean
 clean: ## Remove everything that was made in this folder
-	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis bench/results
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 .PHONY: root
 root:
 	@[ "$$(id -u)" = 0 ] || { echo "this needs root: sudo make $(MAKECMDGOALS)" >&2; exit 1; }
 
-.PHONY: packages-run packages-demo packages-test packages-matrix
+.PHONY: packages-run packages-demo packages-test packages-matrix packages-bench
 packages-run:
 	@bash .ci/packages $(PACKAGES_RUN)
 packages-demo:
@@ -80,6 +85,8 @@ packages-test:
 	@bash .ci/packages $(PACKAGES_TEST)
 packages-matrix:
 	@bash .ci/packages $(PACKAGES_MATRIX)
+packages-bench:
+	@bash .ci/packages $(PACKAGES_BENCH)
 
 $(VENV)/.created:
 	$(PYTHON) -m venv --clear --system-site-packages $(VENV)

@@ -44,6 +44,12 @@ STAGES: tuple[tuple[str, ...], ...] = (
     ("tracer.lab",),
     ("tracer.demo",),
     ("cli",),
+    ("bench.figures", "bench.floor", "bench.host"),
+    ("bench.loads", "bench.tracers"),
+    ("bench.measure",),
+    ("bench.experiments",),
+    ("bench.table",),
+    ("bench",),
 )
 
 # Libraries that are known in few places: where, and in how many modules at most.
@@ -58,6 +64,7 @@ HOMES: Mapping[str, tuple[tuple[str, ...], int]] = {
 
 # What a module must do without, because it is to be pure.
 WITHOUT: Mapping[str, frozenset[str]] = {
+    "bench.figures": frozenset({"os", "pathlib", "subprocess", "time"}),
     "tracer.known_bugs": frozenset({"os", "pathlib", "subprocess", "time"}),
     "tracer.layout": frozenset({"os", "pathlib", "subprocess", "time"}),
     "tracer.verdict": frozenset({"datetime", "os", "pathlib", "socket", "subprocess", "time"}),
@@ -68,7 +75,8 @@ Imports = Mapping[str, frozenset[str]]
 
 def read_sources(root: Path) -> dict[str, ast.Module]:
     """Every module of the project by its dotted name."""
-    paths = [root / "cli.py", *(root / "bpf").rglob("*.py"), *(root / "tracer").rglob("*.py")]
+    folders = ("bpf", "tracer", "bench")
+    paths = [root / "cli.py", *(path for folder in folders for path in (root / folder).rglob("*.py"))]
     return {module_name(path.relative_to(root)): ast.parse(path.read_text()) for path in paths if path.exists()}
 
 
@@ -163,7 +171,7 @@ def test_pure_module_does_without(imports: Imports, module: str) -> None:
 
 
 def test_only_declared_libraries_are_imported(imports: Imports) -> None:
-    known = set(HOMES) | set(sys.stdlib_module_names) | {"tracer", "bpf", "cli"}
+    known = set(HOMES) | set(sys.stdlib_module_names) | {"tracer", "bpf", "bench", "cli"}
     outside = {name.split(".")[0] for imported in imports.values() for name in imported if name[0] != "."}
     assert outside - known == set()
 
