@@ -80,7 +80,7 @@ def settings_from(environment: Mapping[str, str], rows: Collection[str]) -> Sett
         rows=[word for word in only if word in rows] or None,
         out=Path(environment.get("BENCH_OUT") or HERE / "results"),
         alerts=10 if quick else 100,
-        windows=1 if quick else 3,
+        windows=1 if quick else 5,
     )
 
 
@@ -179,7 +179,7 @@ class Bench:
         self.results.alerts = experiments.alerts(self.settings.alerts, self.programs, self.folder, say)
 
     def _many(self) -> None:
-        self.results.many = experiments.many(self.settings.least, self.programs, self.folder, say)
+        self.results.many = experiments.many(self.settings.lesser, self.programs, self.folder, say)
 
 
 def as_json(value: object) -> Any:

@@ -187,6 +187,10 @@ def many(plan: Plan, programs: Path, folder: Path, say: Say, count: int = MANY) 
         ]
         table = run_table(Place(load, target_of(load.pid, load.exe)), tracers, plan, folder, say)
         load.close()
+        for key, row in table.rows.items():
+            if key.startswith("unwatched"):
+                probed = max((sample.probed_sites or 0 for sample in row.samples.values()), default=0)
+                row.note = f"{probed} of 3 sites of its code were changed"
         table.rows["born-later"] = _born_later(idle[0], plan, programs, folder, say)
     return table
 

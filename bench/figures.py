@@ -16,7 +16,9 @@ from statistics import fmean, median
 
 RESAMPLES = 2000
 CONFIDENCE = 0.95
-MET, NOT_MET, OPEN = "met", "NOT MET", "open"
+MET, NOT_MET, OPEN, FEW = "met", "NOT MET", "open", "few rounds"
+#: With fewer rounds an interval says little, and nothing is called met.
+ENOUGH_ROUNDS = 5
 
 
 @dataclass(frozen=True)
@@ -144,6 +146,8 @@ class Aim:
 
     def verdict(self, found: Estimate) -> str:
         """Met or not met if the whole interval is on one side of the limit, else open."""
+        if found.count < ENOUGH_ROUNDS:
+            return FEW
         low, high = found.low, found.high
         if self.least:
             return MET if low >= self.limit else NOT_MET if high < self.limit else OPEN

@@ -56,9 +56,10 @@ job 1 & job 2 & job 3 & job 0
 
 
 def scratch_folder() -> Path:
-    """Where temporary folders are made: in memory, where that is possible."""
+    """Where temporary folders are made: where TMPDIR says, else in memory if that is possible."""
     shared = Path("/dev/shm")
-    return shared if os.access(shared, os.W_OK) else Path(tempfile.gettempdir())
+    in_memory = "TMPDIR" not in os.environ and os.access(shared, os.W_OK)
+    return shared if in_memory else Path(tempfile.gettempdir())
 
 
 @contextlib.contextmanager

@@ -15,15 +15,13 @@ from statistics import median
 
 from bench.figures import Estimate, Pair, Slice, estimate, neighbours, ratio
 from bench.loads import Load
-from bench.tracers import Run, Target, Tracer, TracerFailed, attached
+from bench.tracers import Target, Tracer, TracerFailed, attached, changed_sites
 from tracer.errors import LabError
 
 UNTRACED = "untraced"
 SETTLE_S = 0.2
 #: A tracer that says that it saw less of the requests than this has lost some.
 SEES_ALL = 0.95
-#: Failures in a row after which a row is given up.
-PATIENCE = 2
 
 Say = Callable[[str], None]
 
@@ -38,6 +36,9 @@ class Sample:
     rss_mib: float
     peak_mib: float
     seen_share: float | None
+    #: Sites at which the target's code was changed during the slice, and after the tracer's end.
+    probed_sites: int | None = None
+    left_sites: int = 0
 
 
 @dataclass
@@ -71,6 +72,8 @@ class Row:
         shares = [sample.seen_share for sample in self.samples.values() if sample.seen_share is not None]
         if shares and median(shares) < SEES_ALL:
             found.append(f"saw {100 * median(shares):.0f} % of the requests")
+        if left := sum(sample.left_sites > 0 for sample in self.samples.values()):
+            found.append(f"left the target's code changed in {left} of {len(self.samples)} rounds")
         if self.failure:
             found.append(f"{'stopped' if self.samples else 'could not run'}: {self.failure}")
         return found
@@ -175,27 +178,24 @@ def _round(
 ) -> None:
     """untraced, one, untraced, another, …, untraced."""
     slices: list[tuple[str, Slice]] = [(UNTRACED, _untraced(place, plan))]
-    runs: dict[str, Run | None] = {}
-    shares: dict[str, float | None] = {}
+    makings: dict[str, Callable[[Pair], Sample]] = {}
     for key in order:
         try:
             if key in own:
-                found, runs[key] = _alone(own[key][1], place.load, plan), None
+                found, makings[key] = _alone(own[key][1], place.load, plan), _without_tracer
             else:
-                found, runs[key], shares[key] = _traced(place, tracers[key], plan, folder)
+                found, makings[key] = _traced(place, tracers[key], plan, folder)
             slices.append((key, found))
         except TracerFailed as error:
             table.rows[key].failure = str(error)
         slices.append((UNTRACED, _untraced(place, plan)))
     table.untraced += [slice_ for key, slice_ in slices if key == UNTRACED]
     for key, pair in neighbours(slices, UNTRACED).items():
-        table.rows[key].samples[number] = _sample(pair, runs[key], shares.get(key))
+        table.rows[key].samples[number] = makings[key](pair)
 
 
-def _sample(pair: Pair, run: Run | None, share: float | None) -> Sample:
-    if run is None:
-        return Sample(pair, 0.0, 0.0, 0.0, 0.0, None)
-    return Sample(pair, run.startup_s, run.detach_s, run.rss_mib, run.peak_mib, share)
+def _without_tracer(pair: Pair) -> Sample:
+    return Sample(pair, 0.0, 0.0, 0.0, 0.0, None)
 
 
 def _untraced(place: Place, plan: Plan) -> Slice:
@@ -205,16 +205,24 @@ def _untraced(place: Place, plan: Plan) -> Slice:
     return place.load.measure(plan.slice_s)
 
 
-def _traced(place: Place, tracer: Tracer, plan: Plan, folder: Path) -> tuple[Slice, Run, float | None]:
+def _traced(place: Place, tracer: Tracer, plan: Plan, folder: Path) -> tuple[Slice, Callable[[Pair], Sample]]:
+    """The slice, and how to make the sample of it once its neighbours are known."""
     with attached(tracer, place.target, folder) as run:
         before = place.load.requests()
         time.sleep(SETTLE_S)
         found = place.load.measure(plan.slice_s, run.pids)
         run.look()
+        probed = changed_sites(place.target)
         during = place.load.requests() - before
         run.detach()
+        left = changed_sites(place.target)
         seen = tracer.seen(run)
-    return found, run, None if seen is None else seen / max(1, during)
+    share = None if seen is None else seen / max(1, during)
+
+    def sample(pair: Pair) -> Sample:
+        return Sample(pair, run.startup_s, run.detach_s, run.rss_mib, run.peak_mib, share, probed, left)
+
+    return found, sample
 
 
 def _alone(special: Load, usual: Load, plan: Plan) -> Slice:

@@ -409,6 +409,7 @@ class PerfRecord(Tracer):
 
     def prepare(self, target: Target, folder: Path) -> None:
         """Make the events, and the two pipes by which perf says that it is ready."""
+        self.clean_up(folder)
         places = [f"p:{EVENT_GROUP}/{s.name} {target.exe}:{s.offset:#x} request=%{s.register}" for s in _x86(target)]
         _tracefs("\n".join(f"echo '{place}' >> {TRACEFS}/uprobe_events" for place in places))
         for name in ("control", "answer"):
@@ -519,6 +520,17 @@ def load_base(target: Target) -> int:
         if len(fields) == 6 and fields[5] == target.exe and int(fields[2], 16) == 0:
             return int(fields[0].partition("-")[0], 16) - first
     raise TracerFailed(f"{target.exe} is not mapped in process {target.pid}")
+
+
+def changed_sites(target: Target) -> int:
+    """At how many of the three sites the target's code is not that of its file: where a probe traps."""
+    base = load_base(target)
+    changed = 0
+    with Image.open(target.exe) as image, open(f"/proc/{target.pid}/mem", "rb", buffering=0) as memory:
+        for site in target.sites.values():
+            memory.seek(base + site.address)
+            changed += memory.read(1) != image.read(site.address, 1)
+    return changed
 
 
 @contextlib.contextmanager
