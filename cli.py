@@ -62,6 +62,23 @@ class Duration(click.ParamType[float]):
         return seconds
 
 
+class Share(click.ParamType[float]):
+    """A share of one processor: 5%, 0.5%; the value is a part of one, 0.0 for `none`."""
+
+    name = "share"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """The part; fails with one sentence."""
+        if isinstance(value, float):
+            return value
+        if str(value).strip() in ("none", "0", "0%"):
+            return 0.0
+        found = re.fullmatch(r"(\d+(?:\.\d+)?)%", str(value).strip(), re.ASCII)
+        if not found or not 0.01 <= float(found[1]) <= 1000:
+            self.fail(f"{value!r} is no budget; write it as 5% or 0.5%, or none for no limit.", param, ctx)
+        return float(found[1]) / 100
+
+
 class Streams:
     """Standard output for results alone; whatever else prints to it (BCC, clang) goes to standard error."""
 
@@ -167,6 +184,13 @@ CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
     help="full: three probes; alert: done and callback only; none: memory is sampled.",
 )
 @click.option(
+    "--budget",
+    type=Share(),
+    default="5%",
+    show_default=True,
+    help="What the probes on a QEMU may cost, of one processor; beyond it fewer are used. none: no limit.",
+)
+@click.option(
     "--on-alert",
     metavar="CMD",
     help="Run this shell command at each alert (AIO_TRACE_CAUSE, AIO_TRACE_PID, …).",
@@ -196,6 +220,7 @@ def aio_trace(
     interval: float,
     duration: float | None,
     mode: str,
+    budget: float,
     on_alert: str | None,
     nudge_socket: str | None,
     locate_by: str | None,
@@ -219,8 +244,8 @@ def aio_trace(
     from tracer.session import Options
     from tracer.watch import Settings
 
-    settings = Settings(deadline, slow, mode, locate_by=locate_by)
-    options = Options(settings, interval, duration or 0.0, on_alert, nudge_socket)
+    settings = Settings(deadline, slow, mode, locate_by=locate_by, budget=budget)
+    options = Options(settings, interval, duration or 0.0, on_alert, nudge_socket, everything)
     ctx.exit(_trace(pids, everything, options, as_json, verbose))
 
 
@@ -232,7 +257,10 @@ def _trace(pids: Sequence[int], everything: bool, options: Any, as_json: bool, v
     _handle_signals(stop.request)
     streams = Streams()
     chosen = list(dict.fromkeys([*pids, *(_every_qemu() if everything else [])]))
-    lines, table = JsonWriter(streams.out), TableWriter(streams.out, streams.progress, len(chosen) > 1, verbose)
+    lines, table = (
+        JsonWriter(streams.out),
+        TableWriter(streams.out, streams.progress, len(chosen) > 1 or options.follow, verbose),
+    )
 
     def write(event: Event) -> None:
         if as_json:

@@ -262,7 +262,8 @@ class AioTrace(Tracer):
         """At the default interval, so that what the tables cost is part of it."""
         pids = [target.pid] if self.watch is None else self.watch
         chosen = [word for pid in pids for word in ("--pid", str(pid))] or ["--all"]
-        return [*AIO_TRACE, *chosen, "--json", "--probes", self.mode, *self.options]
+        # What is measured is the mode that is asked for, not what the budget would make of it.
+        return [*AIO_TRACE, *chosen, "--json", "--probes", self.mode, "--budget", "none", *self.options]
 
     def environment(self, folder: Path) -> dict[str, str]:
         """A cache of the bench's own."""

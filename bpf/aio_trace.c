@@ -8,14 +8,20 @@
  *   SUBMIT_2_REGISTER, … SUBMIT_4_REGISTER, likewise    the same for further copies of a site, if any
  *   REQUEST_CALLBACK, REQUEST_ARG, REQUEST_RET          offsets in ThreadPoolElement
  *   ARG_AIO_TYPE, ARG_AIO_FILDES                        offsets in RawPosixAIOData, in one window of memory
- *   MAX_REQUESTS                                        requests followed at once
- *   MAX_STATISTICS                                      kinds times files that are told apart
- *   DEADLINE_NS                                         from when on a callback is late
+ *   SET_BITS                                            binary logarithm of the number of sets of requests
+ *   MAX_REQUESTS                                        requests that the map `overflow` holds
+ *   MAX_PROCESSES                                       processes that are watched at once
+ *   MAX_STATISTICS                                      processes times kinds times files that are told apart
+ *   CALLED_FOR_NS                                       how long a done hit may come after its callback
  *   CALLBACK_MAY_BE_NULL                                1: the callback site is reached without a callback, too
- *   WITH_SUBMIT                                         1: the submit probe is attached, 0: it is not
- *   HAVE_CMPXCHG                                        1: the kernel has atomic compare and exchange (5.12)
+ *   HAVE_ATOMICS                                        1: the kernel has compare and exchange (5.12)
+ *   SHARED                                              1: the probes are in every process of the executable
+ *   PID_NAMESPACE_DEVICE, PID_NAMESPACE_INODE           for that, user space's pid namespace, unless it is the first
+ *   COUNT_OPERATIONS                                    1, for the tests: count look-ups in hashes and in arrays
  *
- * No event is sent: state and histograms stay in maps, user space reads them when it needs to.
+ * No event is sent: state and histograms stay in maps, user space reads them when it needs to. What a hit
+ * costs, and what was tried to make it cost less, is in docs/cost.md: per request one look-up in a hash and a
+ * few in arrays (which the kernel makes inline), nothing inserted, nothing deleted.
  */
 #include <linux/types.h>
 
@@ -44,97 +50,311 @@ struct pt_regs {
 #define ARG_FROM (ARG_AIO_TYPE < ARG_AIO_FILDES ? ARG_AIO_TYPE : ARG_AIO_FILDES)
 #define ARG_WORDS (((ARG_AIO_TYPE > ARG_AIO_FILDES ? ARG_AIO_TYPE : ARG_AIO_FILDES) - ARG_FROM) / 4 + 1)
 
-BPF_HASH(requests, u64, struct request_record, MAX_REQUESTS);
-/* One look-up a hit, as an array would need. Not preallocated (the flag): a QEMU has few files. */
-BPF_F_TABLE("percpu_hash", struct statistics_key, struct statistics, statistics, MAX_STATISTICS, 1);
-BPF_PERCPU_ARRAY(nothing, struct statistics, 1);
+#define INLINE static inline __attribute__((always_inline))
 
-/* Programs may be preempted and run again on the same CPU, so even per-CPU counts are added
- * atomically: a count that is off by one would be a lie about a lost request. */
-static inline __attribute__((always_inline)) void add(u64 *counter, u64 amount)
+#if HAVE_ATOMICS
+/* User space maps it (the flag) and so reads it without a system call. */
+BPF_F_TABLE("array", u32, struct request_set, requests, 1 << SET_BITS, 1024);
+#endif
+BPF_HASH(overflow, struct request_key, struct request_record, MAX_REQUESTS);
+#if SHARED
+BPF_HASH(processes, u32, struct process, MAX_PROCESSES);
+#else
+BPF_ARRAY(processes, struct process, 1);
+#endif
+/* Not preallocated (the flag): a QEMU has few files. Not per CPU: nearly all is counted by the one thread
+ * that calls the callbacks. */
+BPF_F_TABLE("hash", struct statistics_key, struct statistics, statistics, MAX_STATISTICS, 1);
+BPF_ARRAY(template, struct statistics, 1);
+
+#if COUNT_OPERATIONS
+BPF_ARRAY(operations, u64, 2);
+
+INLINE void operation(u32 kind)
+{
+    u64 *count = operations.lookup(&kind);
+
+    if (count)
+        __sync_fetch_and_add(count, 1);
+}
+#else
+INLINE void operation(u32 kind)
+{
+}
+#endif
+
+#define ON_HASH 0
+#define ON_ARRAY 1
+
+/* Every map operation is one of these. */
+#if HAVE_ATOMICS
+INLINE struct request_set *lookup_set(u32 index)
+{
+    operation(ON_ARRAY);
+    return requests.lookup(&index);
+}
+#endif
+
+INLINE struct request_record *lookup_overflow(struct request_key *key)
+{
+    operation(ON_HASH);
+    return overflow.lookup(key);
+}
+
+INLINE int update_overflow(struct request_key *key, struct request_record *record)
+{
+    operation(ON_HASH);
+    return overflow.update(key, record);
+}
+
+INLINE int insert_overflow(struct request_key *key, struct request_record *record)
+{
+    operation(ON_HASH);
+    return overflow.insert(key, record);
+}
+
+INLINE void delete_overflow(struct request_key *key)
+{
+    operation(ON_HASH);
+    overflow.delete(key);
+}
+
+INLINE struct process *lookup_process(u32 pid)
+{
+#if !SHARED
+    pid = 0;
+#endif
+    operation(SHARED ? ON_HASH : ON_ARRAY);
+    return processes.lookup(&pid);
+}
+
+INLINE struct statistics *lookup_statistics(struct statistics_key *key)
+{
+    operation(ON_HASH);
+    return statistics.lookup(key);
+}
+
+INLINE void insert_statistics(struct statistics_key *key)
+{
+    u32 first = 0;
+    struct statistics *empty = template.lookup(&first);
+
+    operation(ON_ARRAY);
+    operation(ON_HASH);
+    if (empty)
+        statistics.insert(key, empty);
+}
+
+/* Programs run on several CPUs at once and may be preempted: a count that is off by one would be a lie
+ * about a lost request. */
+INLINE void add(u64 *counter, u64 amount)
 {
     __sync_fetch_and_add(counter, amount);
 }
 
-/* The counts of one kind on one file. When there are too many files, those of the kind, which are there
- * from the start. */
-static inline __attribute__((always_inline)) struct statistics *counts_of(u32 kind, s32 fd)
+INLINE u64 exchange_if(u64 *place, u64 expected, u64 value)
 {
-    struct statistics_key key = {.kind = kind, .fd = fd};
-    struct statistics *s = statistics.lookup(&key);
-    struct statistics *empty;
-    int first = 0;
+#if HAVE_ATOMICS
+    return __sync_val_compare_and_swap(place, expected, value);
+#else
+    u64 found = *place;
+
+    if (found == expected)
+        *place = value;
+    return found;
+#endif
+}
+
+/* The process that hit the probe, as user space knows it. */
+INLINE u32 this_process(void)
+{
+#if !SHARED
+    return THE_PROCESS;
+#elif defined(PID_NAMESPACE_INODE)
+    struct bpf_pidns_info here = {};
+
+    bpf_get_ns_current_pid_tgid(PID_NAMESPACE_DEVICE, PID_NAMESPACE_INODE, &here, sizeof(here));
+    return here.tgid;
+#else
+    return bpf_get_current_pid_tgid() >> 32;
+#endif
+}
+
+/* Requests */
+
+#if HAVE_ATOMICS
+INLINE struct request_set *set_of(u64 request, u32 process)
+{
+    /* Fibonacci hashing of the address, which is a multiple of 8 or 16, and the process. */
+    u32 index = ((request + ((u64)process << 20)) * 0x9e3779b97f4a7c15ULL) >> (64 - SET_BITS);
+
+    return lookup_set(index);
+}
+#endif
+
+/* The way of its set that the request is in, or 0. */
+INLINE struct request_record *find_way(u64 request, u32 process)
+{
+#if HAVE_ATOMICS
+    struct request_set *set = set_of(request, process);
+
+    if (!set)
+        return 0;
+#pragma unroll
+    for (int way = 0; way < WAYS; way++)
+        if (set->ways[way].request == request && set->ways[way].process == process)
+            return &set->ways[way];
+#endif
+    return 0;
+}
+
+/* The request in `overflow`, or 0. */
+INLINE struct request_record *find_overflow(u64 request, u32 pid, struct process *process)
+{
+    struct request_key key = {.request = request, .process = pid};
+
+    return process->overflow || !HAVE_ATOMICS ? lookup_overflow(&key) : 0;
+}
+
+INLINE void forget(struct request_record *record)
+{
+    struct request_key key = {.request = record->request, .process = record->process};
+
+    if (record->flags & FLAG_OVERFLOW) {
+        delete_overflow(&key);
+        return;
+    }
+    record->process = 0;
+    record->request = 0;
+}
+
+/* Fills a place that is ours; `process` last: until then nobody takes it for a record. */
+INLINE void fill(struct request_record *place, struct request_record *record)
+{
+    place->submit_ns = record->submit_ns;
+    place->done_ns = record->done_ns;
+    place->fd = record->fd;
+    place->kind = record->kind;
+    place->flags = record->flags;
+    place->process = record->process;
+}
+
+#define STORED 0
+#define NO_ROOM 1
+#define MET 2
+
+/* Follow a request. With `may_meet`, another processor may do so at the same moment, with the request's other
+ * hit; then at least one of the two sees it, and none is left. */
+INLINE int store(struct request_record *record, u32 pid, bool may_meet)
+{
+    struct request_key key = {.request = record->request, .process = record->process};
+    struct process *process;
+    int error;
+#if HAVE_ATOMICS
+    struct request_set *set = set_of(record->request, record->process);
+    struct request_record *place = 0;
+
+    if (!set)
+        return NO_ROOM;
+#pragma unroll
+    for (int way = 0; way < WAYS; way++) {
+        if (!place && !set->ways[way].request && !exchange_if(&set->ways[way].request, 0, record->request)) {
+            place = &set->ways[way];
+            fill(place, record);
+        }
+    }
+    if (place) {
+        if (!may_meet)
+            return STORED;
+#pragma unroll
+        for (int way = 0; way < WAYS; way++) {
+            struct request_record *other = &set->ways[way];
+
+            if (other != place && other->request == record->request &&
+                (!other->process || other->process == record->process)) {
+                forget(other);
+                forget(place);
+                return MET;
+            }
+        }
+        return STORED;
+    }
+#endif
+    process = lookup_process(pid);
+    if (!process)
+        return NO_ROOM;
+    process->overflow = 1;
+    record->flags |= FLAG_OVERFLOW;
+    error = may_meet ? insert_overflow(&key, record) : update_overflow(&key, record);
+    if (error == -EEXIST) {
+        delete_overflow(&key);
+        return MET;
+    }
+    return error ? NO_ROOM : STORED;
+}
+
+INLINE void count_missed(u32 pid, u64 now)
+{
+    struct process *process = lookup_process(pid);
+
+    if (process && now >= process->settled_ns)
+        add(&process->missed, 1);
+}
+
+/* Statistics */
+
+/* The counts of one kind on one file. When there are too many files, those of the kind. */
+INLINE struct statistics *counts_of(u32 process, u32 kind, s32 fd)
+{
+    struct statistics_key key = {.process = process, .kind = kind, .fd = fd};
+    struct statistics *s = lookup_statistics(&key);
 
     if (s)
         return s;
-    empty = nothing.lookup(&first);
-    if (!empty)
-        return 0;
-    statistics.insert(&key, empty);
-    s = statistics.lookup(&key);
+    insert_statistics(&key);
+    s = lookup_statistics(&key);
     if (s)
         return s;
     key.fd = NO_FD;
-    return statistics.lookup(&key);
+    return lookup_statistics(&key);
 }
 
-static inline __attribute__((always_inline)) u32 bucket_of(u64 ns)
+/* The highest bit's number is the count of bits once all below are set. Without branches: with them the
+ * verifier looks at 2^18 paths through a callback, and takes fifty milliseconds for it. */
+INLINE u32 bucket_of(u64 ns)
 {
-    u32 octave = 0;
-    u64 rest = ns;
+    u64 bits = ns | 1;
+    u32 octave;
 
-    if (rest >> 32) { octave += 32; rest >>= 32; }
-    if (rest >> 16) { octave += 16; rest >>= 16; }
-    if (rest >> 8) { octave += 8; rest >>= 8; }
-    if (rest >> 4) { octave += 4; rest >>= 4; }
-    if (rest >> 2) { octave += 2; rest >>= 2; }
-    if (rest >> 1) { octave += 1; }
+    bits |= bits >> 1;
+    bits |= bits >> 2;
+    bits |= bits >> 4;
+    bits |= bits >> 8;
+    bits |= bits >> 16;
+    bits |= bits >> 32;
+    bits -= (bits >> 1) & 0x5555555555555555ULL;
+    bits = (bits & 0x3333333333333333ULL) + ((bits >> 2) & 0x3333333333333333ULL);
+    bits = (bits + (bits >> 4)) & 0x0f0f0f0f0f0f0f0fULL;
+    octave = ((bits * 0x0101010101010101ULL) >> 56) - 1;
     if (octave < SUB_BUCKET_BITS)
         return ns;
     return (octave << SUB_BUCKET_BITS) |
            ((ns >> (octave - SUB_BUCKET_BITS)) & ((1 << SUB_BUCKET_BITS) - 1));
 }
 
-static inline __attribute__((always_inline)) void record_stage(struct statistics *s, u32 stage, u64 from_ns, u64 to_ns)
+INLINE void record_stage(struct statistics *s, u32 stage, u64 from_ns, u64 to_ns)
 {
     struct stage_statistics *st = &s->stages[stage];
     u64 ns = to_ns > from_ns ? to_ns - from_ns : 0;
-    u32 bucket = bucket_of(ns);
+    u32 bucket = bucket_of(ns) & (BUCKETS - 1); /* the verifier wants to see that it is none of another */
 
-    if (bucket >= BUCKETS)
-        bucket = BUCKETS - 1;
-    add(&st->count, 1);
-    add(&st->sum_ns, ns);
     if (ns > st->max_ns)
         st->max_ns = ns;
     add(&st->buckets[bucket], 1);
 }
 
-/* Claims the change from "not done" to "done" for the caller: true for one of the two that may race.
- * The worker stores THREAD_DONE before it reaches the done probe, so a bottom half that runs for
- * another request may call the callback first. */
-static inline __attribute__((always_inline)) bool claim_done(struct request_record *record, u64 now)
-{
-#if HAVE_CMPXCHG
-    return __sync_val_compare_and_swap(&record->done_ns, 0, now) == 0;
-#else
-    if (record->done_ns)
-        return false;
-    record->done_ns = now;
-    return true;
-#endif
-}
-
-/* The callback of a request that is done comes now. */
-static inline __attribute__((always_inline)) void record_callback(struct statistics *s, u64 done_ns, u64 now)
-{
-    record_stage(s, DONE_TO_CALLBACK, done_ns, now);
-    if (now >= done_ns + DEADLINE_NS)
-        add(&s->late, 1);
-}
-
 /* Whether the request has no callback: being done was all. Only some callback sites see such. */
-static inline __attribute__((always_inline)) bool nobody_waits(u64 request)
+INLINE bool nobody_waits(u64 request)
 {
 #if CALLBACK_MAY_BE_NULL
     u64 callback = 1;
@@ -146,15 +366,22 @@ static inline __attribute__((always_inline)) bool nobody_waits(u64 request)
 #endif
 }
 
-#if WITH_SUBMIT
+/* thread_pool_cancel takes a request from the pool before a worker does, and says so in ret. */
+INLINE bool was_cancelled(u64 request)
+{
+    int ret = 0;
+
+    bpf_probe_read_user(&ret, sizeof(ret), (void *)(request + REQUEST_RET));
+    return ret == -ECANCELED;
+}
+
 /* Kind and file by RawPosixAIOData, believed only where exactly one operation's bit is set. Other users
  * of the pool (qcow2 compression and encryption) have sizes and offsets there. */
-static inline __attribute__((always_inline)) void read_operation(struct request_record *record, u64 arg)
+INLINE void read_operation(struct request_record *record, u64 arg)
 {
     u32 words[ARG_WORDS] = {};
     u32 type, operation, kind;
 
-    record->fd = NO_FD;
     if (!arg || bpf_probe_read_user(words, sizeof(words), (void *)(arg + ARG_FROM)))
         return;
     type = words[(ARG_AIO_TYPE - ARG_FROM) / 4];
@@ -179,138 +406,174 @@ static inline __attribute__((always_inline)) void read_operation(struct request_
     record->fd = words[(ARG_AIO_FILDES - ARG_FROM) / 4];
 }
 
-static inline __attribute__((always_inline)) int at_submit(u64 request)
-{
-    u64 words[WORDS_TO_ARG] = {};
-    struct request_record record = {.fd = NO_FD};
-    struct statistics *s;
-    int error;
+/* The probes */
 
+INLINE int at_submit(u64 request)
+{
+    u32 pid = this_process();
+    struct request_record record = {.request = request, .process = pid, .fd = NO_FD};
+    struct request_record *old;
+    struct process *process = lookup_process(pid);
+    u64 words[WORDS_TO_ARG] = {};
+
+    if (!process || process->mode != MODE_FULL)
+        return 0;
     if (!bpf_probe_read_user(words, sizeof(words), (void *)(request + REQUEST_CALLBACK))) {
         read_operation(&record, words[WORDS_TO_ARG - 1]);
         if (!words[0])
             record.flags = FLAG_NO_CALLBACK;
     }
-    s = counts_of(record.kind, record.fd);
-    if (!s)
-        return 0;
-    add(&s->submitted, 1);
     record.submit_ns = bpf_ktime_get_ns();
-    error = requests.insert(&request, &record);
-    if (error == -EEXIST) {
-        struct request_record *old = requests.lookup(&request);
-
-        if (old && !old->flags)
-            add(&s->missed, 1);
-        error = requests.update(&request, &record);
+    old = find_way(request, pid);
+    if (!old)
+        old = find_overflow(request, pid, process);
+    if (old) {
+        /* The address is recycled, and the end of the request before was not seen. */
+        if (!(old->flags & (FLAG_NO_CALLBACK | FLAG_BEFORE)) && old->done_ns != CALLED)
+            count_missed(pid, ~0ULL);
+        record.flags |= old->flags & FLAG_OVERFLOW;
+        fill(old, &record);
+    } else if (store(&record, pid, false) == NO_ROOM) {
+        add(&process->map_full, 1);
     }
-    if (error)
-        add(&s->map_full, 1);
     return 0;
 }
 
-static inline __attribute__((always_inline)) int at_done(u64 request)
+/* Without the submit probe this is the first that is seen of a request. With it, it was submitted before we
+ * came, or is not followed, or has been called back already. */
+INLINE int at_unknown_done(u64 request, u32 pid, struct process *process, u64 now)
+{
+    struct request_record record = {.request = request, .done_ns = now, .process = pid, .fd = NO_FD};
+
+    if (process->mode == MODE_ALERT && store(&record, pid, true) == NO_ROOM)
+        add(&process->map_full, 1);
+    return 0;
+}
+
+INLINE int at_done(u64 request)
 {
     u64 now = bpf_ktime_get_ns();
-    struct request_record *record = requests.lookup(&request);
+    u32 pid = this_process();
+    struct request_record *record = find_way(request, pid);
+    struct process *process;
     struct statistics *s;
 
-    /* Its callback came first and has counted it, or its submit could not be recorded. */
-    if (!record)
-        return 0;
-    if (!claim_done(record, now)) {
-        /* The late hit of an earlier request at this address claimed it: ours is the true time. */
-        record->done_ns = now;
-        return 0;
+    if (!record) {
+        process = lookup_process(pid);
+        if (!process)
+            return 0;
+        record = find_overflow(request, pid, process);
+        if (!record)
+            return at_unknown_done(request, pid, process, now);
     }
-    s = counts_of(record->kind, record->fd);
-    if (!s || (record->flags & FLAG_BEFORE))
+    if (record->done_ns == CALLED) {
+        /* Its callback came first and has counted it; a stamp that is old is of another time. */
+        if (record->submit_ns + CALLED_FOR_NS > now) {
+            forget(record);
+            return 0;
+        }
+        record->submit_ns = 0;
+    } else if (record->done_ns && !record->submit_ns) {
+        count_missed(pid, now);
+    }
+    /* One that is set is of the request before at this address, whose hit came late. */
+    record->done_ns = now;
+    if (!(record->flags & FLAG_NO_CALLBACK))
         return 0;
-    add(&s->done, 1);
-    record_stage(s, SUBMIT_TO_DONE, record->submit_ns, now);
-    if (record->flags & FLAG_NO_CALLBACK) {
+    s = counts_of(pid, record->kind, record->fd);
+    if (s) {
         add(&s->completed, 1);
         add(&s->no_callback, 1);
-        requests.delete(&request);
+        record_stage(s, SUBMIT_TO_DONE, record->submit_ns, now);
     }
+    forget(record);
     return 0;
 }
 
-static inline __attribute__((always_inline)) int at_callback(u64 request)
+/* A callback of a request that is not followed: it was submitted before we came, or (without the submit
+ * probe) its callback comes before its done hit. */
+INLINE int at_unknown_callback(u64 request, u32 pid, struct process *process, u64 now)
 {
-    u64 now = bpf_ktime_get_ns();
-    struct request_record *record = requests.lookup(&request);
-    struct statistics *s = record ? counts_of(record->kind, record->fd) : counts_of(KIND_OTHER, NO_FD);
-    int ret = 0;
+    struct request_record called = {
+        .request = request, .submit_ns = now, .done_ns = CALLED, .process = pid, .fd = NO_FD};
+    struct statistics *s;
 
-    if (!s || nobody_waits(request))
+    if (process->mode == MODE_NONE || nobody_waits(request))
         return 0;
-    if (!record || (record->flags & FLAG_BEFORE)) {
-        add(&s->before, 1);
-    } else if (claim_done(record, now)) {
-        /* No done hit yet: the worker is still on its way to the probe, or there was no worker
-         * because thread_pool_cancel took the request, and says so in ret. */
-        bpf_probe_read_user(&ret, sizeof(ret), (void *)(request + REQUEST_RET));
-        if (ret == -ECANCELED) {
-            add(&s->cancelled, 1);
-        } else {
-            add(&s->done, 1);
-            add(&s->completed, 1);
-            record_stage(s, SUBMIT_TO_DONE, record->submit_ns, now);
-            record_stage(s, DONE_TO_CALLBACK, now, now);
-            record_stage(s, TOTAL, record->submit_ns, now);
-        }
-    } else {
-        add(&s->completed, 1);
-        record_callback(s, record->done_ns, now);
-        record_stage(s, TOTAL, record->submit_ns, now);
-    }
-    requests.delete(&request);
-    return 0;
-}
-
-#else /* done and callback only */
-
-static inline __attribute__((always_inline)) int at_done(u64 request)
-{
-    struct request_record record = {.done_ns = bpf_ktime_get_ns(), .fd = NO_FD};
-    struct statistics *s = counts_of(KIND_OTHER, NO_FD);
-
+    s = counts_of(pid, KIND_OTHER, NO_FD);
     if (!s)
         return 0;
-    add(&s->done, 1);
-    if (requests.update(&request, &record))
-        add(&s->map_full, 1);
-    return 0;
-}
-
-static inline __attribute__((always_inline)) int at_callback(u64 request)
-{
-    u64 now = bpf_ktime_get_ns();
-    struct request_record *record = requests.lookup(&request);
-    struct statistics *s = counts_of(KIND_OTHER, NO_FD);
-    int ret = 0;
-
-    if (!s || nobody_waits(request))
-        return 0;
-    if (!record) {
-        bpf_probe_read_user(&ret, sizeof(ret), (void *)(request + REQUEST_RET));
-        if (ret == -ECANCELED)
-            add(&s->cancelled, 1);
-        else
-            add(&s->completed, 1);
-        return 0;
-    }
-    if (record->flags & FLAG_BEFORE) {
+    if (process->mode == MODE_FULL) {
         add(&s->before, 1);
+    } else if (was_cancelled(request)) {
+        add(&s->cancelled, 1);
     } else {
         add(&s->completed, 1);
-        record_callback(s, record->done_ns, now);
+        /* Before that it may be one whose done hit was not seen, and the next at this address would be taken
+         * for it, and so would the one after that. */
+        if (now >= process->settled_ns)
+            store(&called, pid, true);
     }
-    requests.delete(&request);
     return 0;
 }
-#endif
+
+INLINE int at_callback(u64 request)
+{
+    u64 now = bpf_ktime_get_ns();
+    u32 pid = this_process();
+    struct request_record *record = find_way(request, pid);
+    struct process *process;
+    struct statistics *s;
+    u64 submit_ns, done_ns;
+    u32 flags;
+
+    if (!record) {
+        process = lookup_process(pid);
+        if (!process)
+            return 0;
+        record = find_overflow(request, pid, process);
+        if (!record)
+            return at_unknown_callback(request, pid, process, now);
+    }
+    if (nobody_waits(request))
+        return 0;
+    submit_ns = record->submit_ns;
+    done_ns = record->done_ns;
+    flags = record->flags;
+    s = counts_of(pid, record->kind, record->fd);
+    if (!s) {
+        forget(record);
+        return 0;
+    }
+    if (done_ns <= CALLED && was_cancelled(request)) {
+        add(flags & FLAG_BEFORE ? &s->before : &s->cancelled, 1);
+        if (done_ns != CALLED)
+            forget(record);
+        return 0;
+    }
+    if (done_ns == CALLED) {
+        record->submit_ns = now;
+        add(&s->completed, 1);
+        return 0;
+    }
+    forget(record);
+    if (flags & FLAG_BEFORE) {
+        add(&s->before, 1);
+        return 0;
+    }
+    /* Without a done hit yet, the worker is still on its way to the probe. */
+    if (!done_ns)
+        done_ns = now;
+    add(&s->completed, 1);
+    record_stage(s, DONE_TO_CALLBACK, done_ns, now);
+    if (now >= done_ns + s->deadline_ns)
+        add(&s->late, 1);
+    if (submit_ns) {
+        record_stage(s, SUBMIT_TO_DONE, submit_ns, done_ns);
+        record_stage(s, TOTAL, submit_ns, now);
+    }
+    return 0;
+}
 
 /* One program for each register in which a site, or one of its copies, holds the request. */
 #ifdef SUBMIT_REGISTER

@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * What crosses the border between kernel and user space. tracer/probes.py has the same structures in
+ * What crosses the border between kernel and user space. tracer/maps.py has the same structures in
  * ctypes; a test compares the two. Fixed widths, explicit padding, the unit in the name.
  */
 #ifndef AIO_TRACE_H
@@ -18,51 +18,85 @@
 #define TOTAL 2
 #define STAGES 3
 
-/* Four buckets an octave of nanoseconds, up to 2^42 ns, more than an hour. */
+/* Four buckets an octave of nanoseconds. */
 #define SUB_BUCKET_BITS 2
-#define BUCKETS (43 << SUB_BUCKET_BITS)
+#define BUCKETS (64 << SUB_BUCKET_BITS)
 
 /* Flags of a request. */
 #define FLAG_NO_CALLBACK 1 /* it has no callback function: being done is all that happens to it */
-#define FLAG_BEFORE 2      /* it was in QEMU's memory already when we came; its times are when we saw it */
+#define FLAG_BEFORE 2      /* it was submitted before we came; of its times only DONE may be true */
+#define FLAG_OVERFLOW 4    /* it is in the map `overflow` */
 
-/* One request that is under way; the key is the address of its ThreadPoolElement. Its memory is
- * recycled, so (address, submit_ns, done_ns) names the request. */
+/* In place of done_ns, without the submit probe: the callback came before the done hit, which will find this
+ * and clear it away. submit_ns is when the callback came. */
+#define CALLED 1
+
+/* One request that is under way: process and address of its ThreadPoolElement. Its memory is recycled,
+ * so (process, address, submit_ns, done_ns) names the request. Free where `request` or `process` is 0. */
 struct request_record {
-    u64 submit_ns; /* CLOCK_MONOTONIC; 0 where the submit probe is not used */
+    u64 request;
+    u64 submit_ns; /* CLOCK_MONOTONIC; 0 where the submit probe did not see it */
     u64 done_ns;   /* CLOCK_MONOTONIC; 0: not done yet */
+    u32 process;   /* the process id as user space knows it, or THE_PROCESS */
+    s32 fd;        /* the file that it is on, NO_FD where not known */
     u32 kind;
     u32 flags;
-    s32 fd;        /* the file that it is on, NO_FD where not known */
-    u32 reserved;
 };
 
-/* Counts are kept by what a request does and the file descriptor that it does it on. */
+/* The requests are in sets, found by a hash of process and address. What finds its set full is in the map
+ * `overflow`. */
+#define WAYS 4
+
+struct request_set {
+    struct request_record ways[WAYS];
+};
+
+/* Key of the map `overflow`. */
+struct request_key {
+    u64 request;
+    u64 process;
+};
+
+/* Which probes count for a process. */
+#define MODE_NONE 0  /* none, but they see the end of what is followed */
+#define MODE_ALERT 1 /* done and callback */
+#define MODE_FULL 2  /* submit, too */
+
+/* A process that is watched; the key is its id. Programs for one process only have one of these and call the
+ * process THE_PROCESS. */
+#define THE_PROCESS 1
+
+struct process {
+    u32 mode;
+    u32 overflow; /* 1: the map `overflow` has or had requests of this process */
+    u64 map_full; /* requests that could not be followed: their set and the map `overflow` were full */
+    u64 missed;   /* requests whose end was not seen: the address was recycled without it */
+    u64 settled_ns; /* from then on, no request is under way that was done before its probe was there */
+};
+
+/* Counts are kept by process, what a request does and the file descriptor that it does it on. */
 #define NO_FD (-1)
 
 struct statistics_key {
-    u32 kind;
+    u32 process;
+    u16 kind;
+    u16 reserved;
     s32 fd;
 };
 
 struct stage_statistics {
-    u64 count;
-    u64 sum_ns;
     u64 max_ns;
     u64 buckets[BUCKETS];
 };
 
-/* Counts of one kind on one file, per CPU. */
+/* Counts of one kind on one file of one process. */
 struct statistics {
-    u64 submitted;
-    u64 done;
-    u64 completed;
+    u64 deadline_ns;  /* from when on a callback is late; from the template that the others start as */
+    u64 completed;    /* called back */
     u64 cancelled;
     u64 no_callback;  /* completed by being done: nobody waits */
     u64 before;       /* its end was seen here, but it was submitted before we came */
-    u64 map_full;     /* could not be followed: the map of requests is full */
-    u64 late;         /* completed, but its callback came DEADLINE_NS or more after DONE */
-    u64 missed;       /* a probe's hit was not seen: address recycled, or DONE without its hit */
+    u64 late;         /* completed, but its callback came deadline_ns or more after DONE */
     struct stage_statistics stages[STAGES];
 };
 

@@ -146,6 +146,20 @@ class Nudged(Event):
 
 
 @dataclass(frozen=True)
+class Stepped(Event):
+    """Other probes than before are used, because of what they cost.
+
+    `before` and `mode` as --probes names them; `share` and `budget` are parts of one processor, `share` what
+    was measured before the change, None where nothing was.
+    """
+
+    before: str
+    mode: str
+    share: float | None
+    budget: float
+
+
+@dataclass(frozen=True)
 class TargetEnded(Event):
     """The process is gone."""
 

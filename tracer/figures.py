@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 
 from tracer.events import Latency, Requests
-from tracer.probes import COUNTERS, STAGES, Histogram, Statistics, Subject, bucket_upper_ns
+from tracer.maps import COUNTERS, STAGES, Histogram, Statistics, Subject, bucket_upper_ns
 
 
 def combined(some: Iterable[Statistics]) -> Statistics:
@@ -35,9 +35,7 @@ def grouped(
 
 
 def _merge(mine: Histogram, theirs: Histogram) -> None:
-    if theirs.count:
-        mine.count += theirs.count
-        mine.sum_ns += theirs.sum_ns
+    if any(theirs.buckets):
         mine.max_ns = max(mine.max_ns, theirs.max_ns)
         mine.buckets = [a + b for a, b in zip(mine.buckets, theirs.buckets, strict=True)]
 
@@ -46,19 +44,19 @@ def difference(now: Statistics, then: Statistics) -> Statistics:
     """What was counted between two snapshots of the same statistics."""
     result = Statistics()
     for name in COUNTERS:
-        setattr(result, name, getattr(now, name) - getattr(then, name))
+        setattr(result, name, max(0, getattr(now, name) - getattr(then, name)))
     result.stages = [_difference(a, b) for a, b in zip(now.stages, then.stages, strict=True)]
     return result
 
 
 def _difference(now: Histogram, then: Histogram) -> Histogram:
-    buckets = [a - b for a, b in zip(now.buckets, then.buckets, strict=True)]
+    buckets = [max(0, a - b) for a, b in zip(now.buckets, then.buckets, strict=True)]
     highest = max((index for index, count in enumerate(buckets) if count), default=None)
     if highest is None:
         return Histogram()
     # The maximum is kept since the start; in a period it is known as well as the buckets are fine.
     most = now.max_ns if now.max_ns > then.max_ns else min(bucket_upper_ns(highest), now.max_ns)
-    return Histogram(now.count - then.count, now.sum_ns - then.sum_ns, most, buckets)
+    return Histogram(most, buckets)
 
 
 def latency(histogram: Histogram) -> Latency:

@@ -14,8 +14,9 @@ import re
 import shutil
 
 from tracer import probes
-from tracer.errors import AioTraceError
+from tracer.compiler import bcc_problem, bcc_version
 from tracer.events import HostNeed
+from tracer.kernel import UPROBE_PMU
 
 #: bpf(2) by machine; include/uapi/asm-generic/unistd.h and arch/x86/entry/syscalls/syscall_64.tbl.
 BPF_SYSCALLS = {"x86_64": 321, "aarch64": 280}
@@ -48,7 +49,7 @@ def _root() -> HostNeed:
 
 
 def _uprobes() -> HostNeed:
-    if os.path.exists(probes.UPROBE_PMU):
+    if os.path.exists(UPROBE_PMU):
         return HostNeed("uprobes", True, f"Linux {platform.release()}")
     return HostNeed("uprobes", False, "a kernel with CONFIG_UPROBE_EVENTS, Linux 4.17 or later")
 
@@ -82,12 +83,11 @@ def _try_bpf(number: int) -> int:
 
 
 def _bcc() -> HostNeed:
-    try:
-        bcc = probes.import_bcc()
-    except AioTraceError as error:
+    problem = bcc_problem()
+    if problem is not None:
         packages = "python3-bpfcc (Debian), python3-bcc (RHEL)"
-        return HostNeed("bcc", False, f"install {packages}; {error.message}")
-    return HostNeed("bcc", True, f"version {getattr(bcc, '__version__', 'unknown')}")
+        return HostNeed("bcc", False, f"install {packages}; {problem}")
+    return HostNeed("bcc", True, f"version {bcc_version()}")
 
 
 def _program(name: str, debian: str, rhel: str, use: str) -> HostNeed:

@@ -1,181 +1,105 @@
-"""The probes: compile, load, attach, read maps. The only importer of bcc.
+"""The probes: load, attach, read what they count, by process.
 
-Knows: bpf/aio_trace.c and .h, BCC and how its errors read. Does not know ELF, QEMU's structures beyond
-the offsets that it hands on, or verdicts.
+Knows: bpf/aio_trace.c and .h, and when a program that was compiled before will do. Does not know ELF beyond
+where an address is in the file, QEMU's structures beyond the offsets that it hands on, or verdicts.
 """
 
 from __future__ import annotations
 
-import atexit
 import ctypes as ct
 import errno
 import os
+import platform
 import re
 import shlex
+import struct
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
-from importlib import resources
-from itertools import islice
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import cache as remember
+from functools import partial
 from pathlib import Path
-from typing import Any
 
-from tracer.errors import BccMissing, NotPermitted, NoUprobes, ProbeError
+import bpf
+from tracer import cache, kernel
+from tracer.compiler import BccNotFound, Compiled, CompilerFailed, bcc_version, compile_apart
+from tracer.elf import Image
+from tracer.errors import BccMissing, HostError, ImageError, NotPermitted, NoUprobes, ProbeError
+from tracer.kernel import EXIST, NOEXIST, UPROBE_PMU, Map
 from tracer.layout import ElementLayout
+from tracer.maps import (
+    CALLED,
+    FLAG_BEFORE,
+    FLAG_OVERFLOW,
+    KINDS,
+    MODE_ALERT,
+    MODE_FULL,
+    MODE_NONE,
+    NO_FD,
+    THE_PROCESS,
+    WAYS,
+    KindStatistics,
+    Process,
+    Record,
+    RequestKey,
+    RequestRecord,
+    RequestSet,
+    Statistics,
+    StatisticsKey,
+    Subject,
+    record_of,
+    set_of,
+    statistics_of,
+)
 from tracer.posix_aio import SINCE_4_0, Order
 from tracer.sites.model import CALLBACK, DONE, SUBMIT, Site
 
-# The same as in bpf/aio_trace.h; tests/kernel compares the two.
-KINDS = ("other", "read", "write", "ioctl", "flush", "discard", "write-zeroes", "copy-range", "truncate")
-STAGES = ("submit_to_done", "done_to_callback", "total")
-SUB_BUCKET_BITS = 2
-BUCKETS = 43 << SUB_BUCKET_BITS
-FLAG_NO_CALLBACK = 1
-FLAG_BEFORE = 2
+SET_BITS = 12
 MAX_REQUESTS = 10240
-BPF_NOEXIST, BPF_EXIST = 1, 2
-
-#: Kinds times files whose counts are told apart; further files are counted by kind only.
-MAX_STATISTICS = 1024
-NO_FD = -1
+MAX_PROCESSES = 1024
+#: Processes times kinds times files whose counts are told apart; further files are counted by kind only.
+MAX_STATISTICS = 16384
+#: How long a worker may take from QEMU's bottom half to its own probe when its callback has overtaken it.
+CALLED_FOR_NS = 100_000_000
+#: How long after probes are attached a callback may be of a request whose done hit they did not see.
+SETTLING_NS = 1_000_000_000
 
 #: bpf/aio_trace.c has as many programs for each site, one a register.
 MAX_REGISTERS = 4
-UPROBE_PMU = "/sys/bus/event_source/devices/uprobe/type"
 CAP_SYS_ADMIN, CAP_PERFMON, CAP_BPF = 21, 38, 39
+IN_THE_WAY_S = (0.05, 0.2)
+FIRST_PID_NAMESPACE = 0xEFFFFFFC
 
-
-class RequestRecord(ct.Structure):
-    """`struct request_record` of bpf/aio_trace.h; times in ns of CLOCK_MONOTONIC."""
-
-    _fields_ = (
-        ("submit_ns", ct.c_uint64),
-        ("done_ns", ct.c_uint64),
-        ("kind", ct.c_uint32),
-        ("flags", ct.c_uint32),
-        ("fd", ct.c_int32),
-        ("reserved", ct.c_uint32),
-    )
-
-
-class StatisticsKey(ct.Structure):
-    """`struct statistics_key` of bpf/aio_trace.h."""
-
-    _fields_ = (("kind", ct.c_uint32), ("fd", ct.c_int32))
-
-
-class StageStatistics(ct.Structure):
-    """`struct stage_statistics` of bpf/aio_trace.h."""
-
-    _fields_ = (
-        ("count", ct.c_uint64),
-        ("sum_ns", ct.c_uint64),
-        ("max_ns", ct.c_uint64),
-        ("buckets", ct.c_uint64 * BUCKETS),
-    )
-
-
-COUNTERS = ("submitted", "done", "completed", "cancelled", "no_callback", "before", "map_full", "late", "missed")
-
-
-class KindStatistics(ct.Structure):
-    """`struct statistics` of bpf/aio_trace.h: one kind on one file on one CPU."""
-
-    _fields_ = (
-        *((name, ct.c_uint64) for name in COUNTERS),
-        ("stages", StageStatistics * len(STAGES)),
-    )
-
-
-@dataclass(frozen=True)
-class Record:
-    """A request under way as the probes saw it; its identity is all of its fields but `kind`.
-
-    Times in ns of CLOCK_MONOTONIC, 0 where not (yet) seen. `before`: it was there when we came.
-    """
-
-    request: int
-    submit_ns: int
-    done_ns: int
-    kind: str
-    flags: int
-
-    @property
-    def before(self) -> bool:
-        """It was in QEMU's memory already when we came; its times are when we first saw it."""
-        return bool(self.flags & FLAG_BEFORE)
-
-
-@dataclass
-class Histogram:
-    """Latencies of one stage: count, sum and maximum in ns, counts by bucket."""
-
-    count: int = 0
-    sum_ns: int = 0
-    max_ns: int = 0
-    buckets: list[int] = field(default_factory=lambda: [0] * BUCKETS)
-
-    def add(self, stage: StageStatistics) -> None:
-        """Add what one CPU counted."""
-        if not stage.count:
-            return
-        self.count += stage.count
-        self.sum_ns += stage.sum_ns
-        self.max_ns = max(self.max_ns, stage.max_ns)
-        self.buckets = [mine + theirs for mine, theirs in zip(self.buckets, stage.buckets, strict=True)]
-
-
-@dataclass
-class Statistics:
-    """What the probes counted since they were attached: of one kind on one file, or of several."""
-
-    submitted: int = 0
-    done: int = 0
-    completed: int = 0
-    cancelled: int = 0
-    no_callback: int = 0
-    before: int = 0
-    map_full: int = 0
-    late: int = 0
-    missed: int = 0
-    stages: list[Histogram] = field(default_factory=lambda: [Histogram() for _ in STAGES])
-
-    def add(self, cpu: KindStatistics) -> None:
-        """Add what one CPU counted."""
-        for name in COUNTERS:
-            setattr(self, name, getattr(self, name) + getattr(cpu, name))
-        for mine, theirs in zip(self.stages, cpu.stages, strict=True):
-            mine.add(theirs)
-
-
-#: A kind and the file descriptor that it is on, None where that is not known.
-Subject = tuple[str, int | None]
-
-
-def bucket_upper_ns(index: int) -> int:
-    """The largest value in ns that falls into bucket `index`; bucket_of() of bpf/aio_trace.c reversed."""
-    octave, part = index >> SUB_BUCKET_BITS, index & ((1 << SUB_BUCKET_BITS) - 1)
-    if octave < SUB_BUCKET_BITS:
-        return index
-    width = 1 << (octave - SUB_BUCKET_BITS)
-    return (1 << octave) + (part + 1) * width - 1
+_ARRAY_KEY = struct.pack("<I", 0)
+_RECORD_SIZE, _SET_SIZE = ct.sizeof(RequestRecord), ct.sizeof(RequestSet)
+_WORDS = _RECORD_SIZE // 8
+_COUNTERS_FROM, _COUNTERS_TO = KindStatistics.completed.offset, KindStatistics.stages.offset
 
 
 @dataclass(frozen=True)
 class Parameters:
-    """What the programs are compiled for besides sites and layout; `deadline_s` in seconds."""
+    """What the programs are compiled for besides sites and layout.
+
+    `deadline_s` and `fresh_s` in seconds: what was read is good for the others that ask within `fresh_s`.
+    `shared`: the probes are in every process of the executable, and a map says which are watched.
+    """
 
     max_requests: int = MAX_REQUESTS
     deadline_s: float = 1.0
     order: Order = SINCE_4_0
+    shared: bool = False
+    fresh_s: float = 0.0
+    set_bits: int = SET_BITS
+    extra_flags: tuple[str, ...] = ()
 
 
 DEFAULT_PARAMETERS = Parameters()
 
 
 def check_host() -> None:
-    """Raise NotPermitted, NoUprobes or BccMissing where probes cannot be attached on this host."""
+    """Raise NotPermitted or NoUprobes where probes cannot be attached on this host."""
     if not permitted():
         raise NotPermitted(
             "attaching probes needs root, or CAP_BPF and CAP_PERFMON with CAP_SYS_PTRACE",
@@ -186,7 +110,6 @@ def check_host() -> None:
             "this kernel has no uprobes that perf can attach (CONFIG_UPROBE_EVENTS, since Linux 4.17)",
             "grep UPROBE /boot/config-$(uname -r)",
         )
-    import_bcc()
 
 
 def permitted() -> bool:
@@ -197,56 +120,12 @@ def permitted() -> bool:
     return bool(effective >> CAP_SYS_ADMIN & 1) or bool(effective >> CAP_BPF & effective >> CAP_PERFMON & 1)
 
 
-def import_bcc() -> Any:
-    """The bcc package, or BccMissing."""
-    try:
-        import bcc
-    except (ImportError, OSError) as error:
-        raise BccMissing(
-            f"Python's bcc package cannot be imported by {sys.executable} ({error})",
-            "apt-get install python3-bpfcc    # Debian, Ubuntu;  RHEL, Fedora: dnf install python3-bcc",
-        ) from error
-    return bcc
-
-
-class _Output:
-    """What BCC, clang and the kernel's verifier printed."""
-
-    text = ""
-
-    def last_line(self) -> str:
-        """The first line that says error, or else the last line."""
-        lines = [line.strip() for line in self.text.splitlines() if line.strip()]
-        errors = [line for line in lines if "error" in line.lower()]
-        return (errors or lines[-1:] or [""])[0]
-
-
-@contextmanager
-def _quiet() -> Iterator[_Output]:
-    """Catch what C code prints to standard output and error meanwhile."""
-    output = _Output()
-    with os.fdopen(os.memfd_create("output"), "rb") as file:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        saved = [(fd, os.dup(fd)) for fd in (1, 2)]
-        try:
-            for fd, _ in saved:
-                os.dup2(file.fileno(), fd)
-            yield output
-        finally:
-            for fd, copy in saved:
-                os.dup2(copy, fd)
-                os.close(copy)
-            file.seek(0)
-            output.text = file.read().decode(errors="replace")
-
-
 def source_folder() -> Path:
     """The folder of the probe programs, wherever the package is installed."""
-    return Path(str(resources.files("bpf")))
+    return Path(bpf.__path__[0])
 
 
-def compile_flags(sites: Sequence[Site], element: ElementLayout, what: Parameters, cmpxchg: bool) -> list[str]:
+def compile_flags(sites: Sequence[Site], element: ElementLayout, what: Parameters, atomics: bool) -> list[str]:
     """The -D parameters of bpf/aio_trace.c for these sites and offsets."""
     flags = {
         "REQUEST_CALLBACK": element.callback,
@@ -254,18 +133,21 @@ def compile_flags(sites: Sequence[Site], element: ElementLayout, what: Parameter
         "REQUEST_RET": element.ret,
         "ARG_AIO_TYPE": what.order.kind,
         "ARG_AIO_FILDES": what.order.fd,
+        "SET_BITS": what.set_bits,
         "MAX_REQUESTS": what.max_requests,
+        "MAX_PROCESSES": MAX_PROCESSES,
         "MAX_STATISTICS": MAX_STATISTICS,
-        "DEADLINE_NS": f"{int(what.deadline_s * 1e9)}ULL",
-        "WITH_SUBMIT": int(any(site.name == SUBMIT for site in sites)),
+        "CALLED_FOR_NS": CALLED_FOR_NS,
         "CALLBACK_MAY_BE_NULL": int(any(site.without_callback for site in sites)),
-        "HAVE_CMPXCHG": int(cmpxchg),
+        "HAVE_ATOMICS": int(atomics),
+        "SHARED": int(what.shared),
     }
     registers = {program.upper().removeprefix("ON_"): register for program, (_, register) in programs(sites).items()}
     return [
         f"-I{source_folder()}",
         *(f"-D{name}={value}" for name, value in flags.items()),
         *(f"-D{name}_REGISTER={_member(register)}" for name, register in registers.items()),
+        *what.extra_flags,
     ]
 
 
@@ -292,121 +174,421 @@ def _member(register: str) -> str:
     return member + register[len(name) :]
 
 
+# What is compiled, or was before
+
+
+def _compiled(flags: Sequence[str], names: Sequence[str], trust: bool) -> tuple[Compiled, str]:
+    """The programs, and what bcc printed; with `trust`, those that the same compilation gave before."""
+    key = _key(flags, names)
+    kept = cache.load("programs", key) if trust else None
+    if kept is not None:
+        with suppress(ValueError, KeyError, TypeError):
+            known = Compiled.from_bytes(kept)
+            if set(known.programs) == set(names):
+                return known, ""
+    folder = source_folder()
+    made, printed = compile_apart(folder / "aio_trace.c", folder, flags, names)
+    cache.store("programs", key, made.to_bytes())
+    return made, printed
+
+
+def _key(flags: Sequence[str], names: Sequence[str]) -> bytes:
+    """All that decides what comes of a compilation: sources, flags, bcc, and the kernel that it looks at."""
+    folder = source_folder()
+    sources = sorted(path for suffix in ("*.c", "*.h") for path in folder.rglob(suffix))
+    parts = [str(bcc_version()), platform.release(), platform.version(), platform.machine(), *flags, "", *names, ""]
+    texts = [path.read_bytes() for path in sources]
+    return b"\0".join([*(part.encode(errors="surrogateescape") for part in parts), *texts])
+
+
+@remember
+def _has_multi() -> bool:
+    return kernel.has_multi()
+
+
+class Programs:
+    """The programs for one build, loaded, with their maps: for one process or, shared, for many."""
+
+    def __init__(self, sites: Sequence[Site], element: ElementLayout, what: Parameters = DEFAULT_PARAMETERS) -> None:
+        """Compile if need be, and load. Raises HostError."""
+        self._sites = tuple(sites)
+        self._what = what
+        self.log = ""
+        self._maps: dict[str, Map] = {}
+        self._programs: dict[str, int] = {}
+        self._shared_links: dict[str, list[int]] = {}
+        self._watched: dict[int, int] = {}  # mode by process
+        self._read: tuple[float, dict[int, dict[int, Record]]] = (0.0, {})
+        self._keys: tuple[float, dict[int, list[StatisticsKey]]] = (0.0, {})
+        self._multi = _has_multi()
+        extra = _namespace_flags() if what.shared else []
+        error: HostError | None = None
+        for atomics in (True, False):
+            flags = [*compile_flags(sites, element, what, atomics), *extra]
+            error = self._load_any(flags)
+            if error is None:
+                break
+        else:
+            assert error is not None
+            raise error
+        self._mapped = self._maps["requests"].mapped() if "requests" in self._maps else None
+        template = KindStatistics(deadline_ns=int(what.deadline_s * 1e9))
+        self._template = bytes(template)
+        self._maps["template"].update(_ARRAY_KEY, self._template)
+
+    # -- load ---------------------------------------------------------------------------------------
+
+    def _load_any(self, flags: Sequence[str]) -> HostError | None:
+        """Load what was compiled before; if that will not do, what is compiled now."""
+        error: HostError | None = None
+        for trust in (True, False):
+            try:
+                made, printed = _compiled(flags, list(programs(self._sites)), trust)
+                self.log += printed
+            except BccNotFound as missing:
+                raise BccMissing(
+                    f"Python's bcc package cannot be imported by {sys.executable} ({missing})",
+                    "apt-get install python3-bpfcc    # Debian, Ubuntu;  RHEL, Fedora: dnf install python3-bcc",
+                ) from missing
+            except CompilerFailed as failed:
+                return _translated("compile and load the probes", str(failed), _notes(failed))
+            try:
+                self._load(made)
+            except OSError as failed:
+                self._unload()
+                error = _translated("compile and load the probes", failed.strerror or str(failed), _notes(failed))
+                continue
+            return None
+        return error
+
+    def _load(self, made: Compiled) -> None:
+        for shape in made.maps:
+            self._maps[shape.name] = Map(shape.kind, shape.key_size, shape.value_size, shape.entries, shape.flags)
+        fds = [self._maps[shape.name].fd for shape in made.maps]
+        for name in made.programs:
+            self._programs[name] = kernel.load(made.instructions(name, fds), self._multi)
+
+    def _unload(self) -> None:
+        for fd in self._programs.values():
+            os.close(fd)
+        for each in self._maps.values():
+            each.close()
+        self._programs, self._maps = {}, {}
+
+    # -- attach -------------------------------------------------------------------------------------
+
+    def _number(self, pid: int) -> int:
+        """What the programs call the process."""
+        return pid if self._what.shared else THE_PROCESS
+
+    def _process_key(self, pid: int) -> bytes:
+        return struct.pack("<I", pid if self._what.shared else 0)
+
+    def enter(self, pid: int, mode: int) -> None:
+        """Count for this process from now on, where its probes are attached."""
+        known = self._process(pid)
+        if known.mode == MODE_NONE:
+            known.settled_ns = time.monotonic_ns() + SETTLING_NS
+        known.mode = mode
+        self._maps["processes"].update(self._process_key(pid), bytes(known))
+        if pid not in self._watched:
+            for kind in range(len(KINDS)):
+                # Counts by kind alone, for what is not on a file or on one file too many.
+                key = bytes(StatisticsKey(self._number(pid), kind, 0, NO_FD))
+                self._maps["statistics"].update(key, self._template, NOEXIST)
+        self._watched[pid] = mode
+
+    def attach(self, pid: int, names: Sequence[str]) -> dict[str, list[int]]:
+        """Attach these sites for the process: callback first, submit last, so that no stage lacks the next one.
+
+        The descriptors by site name; with shared probes they are ours, and none is given.
+        """
+        order = [name for name in (CALLBACK, DONE, SUBMIT) if name in names]
+        links = self._shared_links if self._what.shared else {}
+        added: dict[str, list[int]] = {}
+        try:
+            for name in order:
+                if name not in links:
+                    added[name] = []
+                    self._attach_site(name, pid, added[name])
+        except (OSError, ImageError) as error:
+            close_links(added)
+            raise _translated("attach the probes", _reason(error), "") from error
+        if not self._what.shared:
+            return added
+        self._shared_links |= added
+        return {}
+
+    def _attach_site(self, name: str, pid: int, links: list[int]) -> None:
+        path = f"/proc/{pid}/exe"
+        owner = 0 if self._what.shared else pid
+        with Image.open(path) as image:
+            for program, (site_name, register) in programs(self._sites).items():
+                if site_name != name:
+                    continue
+                copies = [site for site in self._sites if (site.name, site.register) == (name, register)]
+                places = [image.offset_of(site.address) for site in copies]
+                fd = self._programs[program]
+                if self._multi:
+                    links.append(patient(partial(kernel.attach_multi, fd, path, places, owner)))
+                    continue
+                for place in places:
+                    links.append(patient(partial(kernel.attach_perf, fd, path, place, owner)))
+
+    def leave(self, pid: int) -> None:
+        """Count no more for this process, and forget what was counted; the last one takes shared probes with it."""
+        if self._watched.pop(pid, None) is None:
+            return
+        if not self._what.shared:
+            return
+        self.detach_unwanted()
+        self._maps["processes"].delete(self._process_key(pid))
+        self._keys = self._read = 0.0, {}
+        for key in self._statistics_keys(pid):
+            self._maps["statistics"].delete(bytes(key))
+        self._forget_all(pid)
+
+    def _forget_all(self, pid: int) -> None:
+        """Requests, and what stands for those whose callback came first."""
+        number = self._number(pid)
+        for key in set(self._maps["overflow"].keys()):
+            if RequestKey.from_buffer_copy(key).process == number:
+                self._maps["overflow"].delete(key)
+        if self._mapped is None:
+            return
+        first = RequestRecord.process.offset // 4
+        owners = memoryview(self._mapped[:]).cast("I")[first :: _RECORD_SIZE // 4].tolist()
+        for index in [index for index, owner in enumerate(owners) if owner == number]:
+            self._free(index * _RECORD_SIZE)
+
+    def detach_unwanted(self) -> None:
+        """Take those shared probes away that nobody wants any more."""
+        modes = self._watched.values()
+        if MODE_FULL not in modes:
+            self._detach_shared(SUBMIT)
+        if not any(modes):
+            self._detach_shared(DONE, CALLBACK)
+
+    def _detach_shared(self, *names: str) -> None:
+        close_links({name: self._shared_links.pop(name) for name in names if name in self._shared_links})
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether the probes are in every process of the executable."""
+        return self._what.shared
+
+    def close(self) -> None:
+        """Detach and unload; a second time is no error."""
+        self._watched = {}
+        self._detach_shared(SUBMIT, DONE, CALLBACK)
+        if self._mapped is not None:
+            self._mapped.close()
+            self._mapped = None
+        self._unload()
+
+    # -- read ---------------------------------------------------------------------------------------
+
+    def _process(self, pid: int) -> Process:
+        raw = self._maps["processes"].lookup(self._process_key(pid))
+        return Process.from_buffer_copy(raw) if raw else Process()
+
+    def lost(self, pid: int) -> tuple[int, int]:
+        """(map_full, missed) of bpf/aio_trace.h."""
+        process = self._process(pid)
+        return process.map_full, process.missed
+
+    def records(self, pid: int) -> dict[int, Record]:
+        """The requests of a process under way, by address; one that is there all the while is never left out."""
+        when, found = self._read
+        if not self._what.fresh_s or time.monotonic() - when > self._what.fresh_s:
+            found = {}
+            self._read_overflow(found)
+            self._read_sets(found)
+            self._read = time.monotonic(), found
+        return found.get(self._number(pid), {})
+
+    def settle(self, pid: int) -> None:
+        """Spare the programs the map `overflow` once nothing of the process is in it any more."""
+        process = self._process(pid)
+        number = self._number(pid)
+        if process.overflow and not any(RequestKey.from_buffer_copy(k).process == number for k in self._overflow()):
+            process.overflow = 0
+            self._maps["processes"].update(self._process_key(pid), bytes(process))
+
+    def _overflow(self) -> Iterator[bytes]:
+        return self._maps["overflow"].keys()
+
+    def _read_overflow(self, found: dict[int, dict[int, Record]]) -> None:
+        for _, value in self._maps["overflow"].items():
+            raw = RequestRecord.from_buffer_copy(value)
+            if raw.done_ns != CALLED:
+                found.setdefault(raw.process, {})[raw.request] = record_of(raw)
+
+    def _read_sets(self, found: dict[int, dict[int, Record]]) -> None:
+        if self._mapped is None:
+            return
+        data = self._mapped[:]
+        addresses = memoryview(data).cast("Q")[::_WORDS].tolist()
+        for index in [index for index, address in enumerate(addresses) if address]:
+            raw = RequestRecord.from_buffer_copy(data, index * _RECORD_SIZE)
+            if not raw.process or raw.done_ns == CALLED:
+                continue
+            of_process = found.setdefault(raw.process, {})
+            if raw.request in of_process:
+                # A request from before that has gone unseen, and a later one at its address.
+                self._maps["overflow"].delete(bytes(RequestKey(raw.request, raw.process)))
+            of_process[raw.request] = record_of(raw)
+
+    def _way_of(self, pid: int, request: int) -> int | None:
+        """Where in the mapped sets the request is, in bytes."""
+        if self._mapped is None:
+            return None
+        number = self._number(pid)
+        first = set_of(request, number, self._what.set_bits) * _SET_SIZE
+        for place in range(first, first + WAYS * _RECORD_SIZE, _RECORD_SIZE):
+            raw = RequestRecord.from_buffer_copy(self._mapped, place)
+            if (raw.request, raw.process) == (request, number):
+                return place
+        return None
+
+    def _raw(self, pid: int, request: int) -> RequestRecord | None:
+        place = self._way_of(pid, request)
+        if place is not None and self._mapped is not None:
+            return RequestRecord.from_buffer_copy(self._mapped, place)
+        raw = self._maps["overflow"].lookup(bytes(RequestKey(request, self._number(pid))))
+        return RequestRecord.from_buffer_copy(raw) if raw else None
+
+    def record(self, pid: int, request: int) -> Record | None:
+        """One request's record now, or None."""
+        raw = self._raw(pid, request)
+        return None if raw is None or raw.done_ns == CALLED else record_of(raw)
+
+    def adopt(self, pid: int, record: Record, known: bool) -> None:
+        """Follow a request that the probes did not see from its submit on."""
+        flags = record.flags | FLAG_OVERFLOW
+        number, kind = self._number(pid), KINDS.index(record.kind)
+        raw = RequestRecord(record.request, record.submit_ns, record.done_ns, number, NO_FD, kind, flags)
+        process = self._process(pid)
+        if not process.overflow:
+            process.overflow = 1
+            self._maps["processes"].update(self._process_key(pid), bytes(process))
+        key = bytes(RequestKey(record.request, number))
+        self._maps["overflow"].update(key, bytes(raw), EXIST if known else NOEXIST)
+
+    def forget(self, pid: int, record: Record) -> bool:
+        """Drop a record, unless it has become another one; whether it was there."""
+        place = self._way_of(pid, record.request)
+        if place is None or self._mapped is None:
+            found = self.record(pid, record.request) == record
+            if found:
+                self._maps["overflow"].delete(bytes(RequestKey(record.request, self._number(pid))))
+            return found
+        if record_of(RequestRecord.from_buffer_copy(self._mapped, place)) != record:
+            return False
+        self._free(place)
+        return True
+
+    def _free(self, place: int) -> None:
+        assert self._mapped is not None
+        struct.pack_into("<I", self._mapped, place + RequestRecord.process.offset, 0)
+        struct.pack_into("<Q", self._mapped, place, 0)
+
+    def _statistics_keys(self, pid: int) -> list[StatisticsKey]:
+        when, found = self._keys
+        if not self._what.fresh_s or time.monotonic() - when > self._what.fresh_s:
+            found = {}
+            for raw in set(self._maps["statistics"].keys()):
+                key = StatisticsKey.from_buffer_copy(raw)
+                if key.kind < len(KINDS):
+                    found.setdefault(key.process, []).append(key)
+            self._keys = time.monotonic(), found
+        return found.get(self._number(pid), [])
+
+    def ended(self, pid: int) -> dict[Subject, Statistics]:
+        """What ended since the start, by (kind, file descriptor or None)."""
+        found = {}
+        for key in self._statistics_keys(pid):
+            value = self._maps["statistics"].lookup(bytes(key))
+            if value is not None and any(value[_COUNTERS_FROM:_COUNTERS_TO]):
+                subject = KINDS[key.kind], None if key.fd == NO_FD else int(key.fd)
+                found[subject] = statistics_of(KindStatistics.from_buffer_copy(value))
+        return dict(sorted(found.items(), key=str))
+
+    def completed(self, pid: int) -> int:
+        """How many requests were called back, over all kinds."""
+        values = (self._maps["statistics"].lookup(bytes(key)) for key in self._statistics_keys(pid))
+        place = KindStatistics.completed.offset
+        return sum(int.from_bytes(value[place : place + 8], "little") for value in values if value)
+
+    def operations(self) -> tuple[int, int]:
+        """How many operations on hashes and on arrays; only of programs that were compiled to count them."""
+        hashes, arrays = (self._maps["operations"].lookup(struct.pack("<I", kind)) or b"" for kind in range(2))
+        return int.from_bytes(hashes, "little"), int.from_bytes(arrays, "little")
+
+
 class Probes:
     """The probes on one process; close() or the end of this process detaches them."""
 
     def __init__(
-        self, pid: int, sites: Sequence[Site], element: ElementLayout, what: Parameters = DEFAULT_PARAMETERS
+        self,
+        pid: int,
+        sites: Sequence[Site],
+        element: ElementLayout,
+        what: Parameters = DEFAULT_PARAMETERS,
+        loaded: Programs | None = None,
     ) -> None:
-        """Compile and load; attach() follows. Raises BccMissing, NotPermitted or ProbeError."""
+        """Load, unless there are `loaded` programs for these sites; attach() follows. Raises HostError."""
         self._pid = pid
-        self._sites = sites
-        self._max_requests = what.max_requests
-        self._keys = (ct.c_uint64 * what.max_requests)()
-        self._leaves = (RequestRecord * what.max_requests)()
-        bcc = import_bcc()
-        os.environ["BCC_KERNEL_SOURCE"] = str(source_folder())
-        # What kernel developers build for is not what this machine is, but BCC would believe it.
-        os.environ.pop("ARCH", None)
-        self.log = ""
-        for cmpxchg in (True, False):
-            with _quiet() as output:
-                error = self._load(bcc, compile_flags(sites, element, what, cmpxchg))
-            self.log += output.text
-            if error is None:
-                break
-        else:
-            raise _translated("compile and load the probes", error, output)
-        self._requests = self._bpf[b"requests"]
-        self._statistics = self._bpf[b"statistics"]
-        self._cpus = _possible_cpus()
-        self._lib = bcc.libbcc.lib
-        self._prepare()
+        self._names = tuple(dict.fromkeys(site.name for site in sites))
+        self._counts_submits = SUBMIT in self._names
+        self._own = loaded is None
+        self._programs = loaded or Programs(sites, element, what)
+        self._links: dict[str, list[int]] = {}
+        self._entered = False
+        self._dropped_submitted = self._dropped_done = 0
+        self._highest: dict[Subject, tuple[int, int]] = {}
 
-    def _load(self, bcc: Any, flags: list[str]) -> Exception | None:
-        source = str(source_folder() / "aio_trace.c")
-        try:
-            self._bpf = bcc.BPF(src_file=source.encode(), cflags=flags)
-            for program in programs(self._sites):
-                self._bpf.load_func(program.encode(), bcc.BPF.KPROBE)
-        except Exception as error:  # bcc raises bare Exception
-            return error
-        return None
+    @property
+    def log(self) -> str:
+        """What bcc printed."""
+        return self._programs.log
 
-    def _prepare(self) -> None:
-        """Counts by kind alone, for what is not on a file or on one file too many."""
-        empty = (KindStatistics * self._cpus)()
-        for kind in range(len(KINDS)):
-            key = StatisticsKey(kind, NO_FD)
-            self._lib.bpf_update_elem(self._statistics.map_fd, ct.byref(key), ct.byref(empty), BPF_NOEXIST)
+    @property
+    def with_submit(self) -> bool:
+        """Whether requests are followed from their submit on."""
+        return SUBMIT in self._names
+
+    @property
+    def _mode(self) -> int:
+        return MODE_FULL if self.with_submit else MODE_ALERT if self._names else MODE_NONE
 
     def attach(self) -> None:
-        """Attach all sites: callback first, submit last, so that no stage is seen without the next one."""
-        order = sorted(self._sites, key=lambda site: (CALLBACK, DONE, SUBMIT).index(site.name))
-        with _quiet() as output:
-            error = self._attach(order)
-        self.log += output.text
-        if error is not None:
-            self.close()
-            raise _translated("attach the probes", error, output)
-
-    def _attach(self, sites: Sequence[Site]) -> Exception | None:
-        exe = f"/proc/{self._pid}/exe".encode()
+        """Attach all sites; HostError where that cannot be, and then none is attached."""
+        self._programs.enter(self._pid, self._mode)
+        self._entered = True
         try:
-            names = {key: program.encode() for program, key in programs(self._sites).items()}
-            for site in sites:
-                name = names[site.name, site.register]
-                self._bpf.attach_uprobe(name=exe, addr=site.address, fn_name=name, pid=self._pid)
-        except Exception as error:  # bcc raises bare Exception
-            return error
-        return None
+            self._links |= self._programs.attach(self._pid, self._names)
+        except BaseException:
+            self.close()
+            raise
+
+    def step(self, names: Sequence[str]) -> None:
+        """Go on with these sites only, or with these again; none at all is possible."""
+        gone = [name for name in self._names if name not in names]
+        added = [name for name in names if name not in self._names]
+        self._names = tuple(names)
+        self._programs.enter(self._pid, self._mode)
+        close_links({name: self._links.pop(name) for name in gone if name in self._links})
+        self._programs.detach_unwanted()
+        self._links |= self._programs.attach(self._pid, added)
 
     def records(self) -> dict[int, Record]:
         """The requests under way, by address; one that is there all the while is never left out."""
-        found = self._batches()
-        return dict(self._walk()) if found is None else found
-
-    def _batches(self) -> dict[int, Record] | None:
-        """A few system calls for all; None where the kernel has no batches (before 5.6).
-
-        Not bcc's items_lookup_batch(): it hands the kernel one variable both for the count and for the place
-        to go on from.
-        """
-        found: dict[int, Record] = {}
-        place, count = ct.c_uint32(), ct.c_uint32()
-        started = False
-        while True:
-            count.value = self._max_requests
-            failed = self._lib.bpf_lookup_batch(
-                self._requests.map_fd,
-                ct.byref(place) if started else None,
-                ct.byref(place),
-                self._keys,
-                self._leaves,
-                ct.byref(count),
-            )
-            if failed and ct.get_errno() != errno.ENOENT:
-                return None
-            keys, leaves = self._keys[: count.value], self._leaves[: count.value]
-            found |= {key: _record(key, leaf) for key, leaf in zip(keys, leaves, strict=True)}
-            if failed:
-                return found
-            started = True
-
-    def _walk(self) -> Iterator[tuple[int, Record]]:
-        """Entry by entry; bounded, since a busy map may start the walk over when an entry goes."""
-        for key in islice(self._requests.keys(), 4 * self._max_requests):
-            record = self.record(key.value)
-            if record is not None:
-                yield key.value, record
+        return self._programs.records(self._pid)
 
     def record(self, request: int) -> Record | None:
         """One request's record now, or None."""
-        leaf = RequestRecord()
-        key = ct.c_uint64(request)
-        if self._lib.bpf_lookup_elem(self._requests.map_fd, ct.byref(key), ct.byref(leaf)) < 0:
-            return None
-        return _record(request, leaf)
+        return self._programs.record(self._pid, request)
 
     def adopt(self, request: int, kind: str, seen_ns: int, done: bool) -> None:
         """Follow a request that was there when we came, unless the probes follow it already."""
@@ -414,64 +596,110 @@ class Probes:
         if known and not (known.before and done and not known.done_ns):
             return
         submit_ns = known.submit_ns if known else seen_ns
-        leaf = RequestRecord(submit_ns, seen_ns if done else 0, KINDS.index(kind), FLAG_BEFORE, NO_FD)
-        key = ct.c_uint64(request)
-        flags = BPF_EXIST if known else BPF_NOEXIST
-        self._lib.bpf_update_elem(self._requests.map_fd, ct.byref(key), ct.byref(leaf), flags)
+        made = Record(request, submit_ns, seen_ns if done else 0, kind, FLAG_BEFORE)
+        self._programs.adopt(self._pid, made, known is not None)
 
     def forget(self, record: Record) -> None:
         """Drop a record whose request memory shows to be gone, unless it has become another one."""
-        if self.record(record.request) == record:
-            key = ct.c_uint64(record.request)
-            self._lib.bpf_delete_elem(self._requests.map_fd, ct.byref(key))
+        if self._programs.forget(self._pid, record) and not record.before:
+            self._dropped_submitted += 1
+            self._dropped_done += bool(record.done_ns)
 
     def statistics(self) -> dict[Subject, Statistics]:
-        """Counts since the start, by (kind, file descriptor or None)."""
-        keys = list(islice(self._statistics.keys(), 2 * MAX_STATISTICS))
-        subjects = sorted({(key.kind, key.fd) for key in keys if key.kind < len(KINDS)})
-        return {(KINDS[kind], None if fd == NO_FD else fd): self._counts_of(kind, fd) for kind, fd in subjects}
+        """Counts since the start, by (kind, file descriptor or None).
 
-    def _counts_of(self, kind: int, fd: int) -> Statistics:
-        values = (KindStatistics * self._cpus)()
-        key = StatisticsKey(kind, fd)
-        total = Statistics()
-        if self._lib.bpf_lookup_elem(self._statistics.map_fd, ct.byref(key), ct.byref(values)) == 0:
-            for value in values:
-                total.add(value)
-        return total
+        The kernel counts what ended; what was submitted and done is that and what is under way. Counts that
+        are read while it counts on may be behind, and never go back.
+        """
+        found = self._programs.ended(self._pid)
+        for record in self.records().values():
+            if not record.before:
+                counts = found.setdefault(record.subject, Statistics())
+                counts.submitted += 1
+                counts.done += bool(record.done_ns)
+        self._add_lost(found.setdefault((KINDS[0], None), Statistics()))
+        for subject, counts in found.items():
+            submitted, done = self._highest.get(subject, (0, 0))
+            counts.submitted, counts.done = max(submitted, counts.submitted), max(done, counts.done)
+            self._highest[subject] = counts.submitted, counts.done
+            counts.submitted *= self._counts_submits
+        return found
+
+    def _add_lost(self, counts: Statistics) -> None:
+        counts.map_full, counts.missed = self._programs.lost(self._pid)
+        lost = counts.map_full + counts.missed
+        counts.submitted += lost + self._dropped_submitted
+        counts.done += self._dropped_done + (0 if self.with_submit else lost)
+
+    def completed(self) -> int:
+        """How many requests were called back."""
+        return self._programs.completed(self._pid)
 
     def close(self) -> None:
-        """Detach and unload; what BCC prints about tracefs meanwhile is of no interest."""
-        with _quiet() as output:
-            for name in list(self._bpf.uprobe_fds):
-                # Closing the descriptor detaches; what bcc does after it fails without tracefs, and would
-                # leave the others attached.
-                with suppress(Exception):
-                    self._bpf.detach_uprobe_event(name)
-                with suppress(KeyError):
-                    self._bpf._del_uprobe_fd(name)
-            with suppress(Exception):
-                self._bpf.cleanup()
-        # BCC would clean up again when Python ends, and fail noisily.
-        atexit.unregister(self._bpf.cleanup)
-        self.log += output.text
+        """Detach; the programs are unloaded with their last process."""
+        close_links(self._links)
+        self._links = {}
+        if self._entered:
+            self._programs.leave(self._pid)
+            self._entered = False
+        if self._own:
+            self._programs.close()
 
 
-def _record(request: int, leaf: Any) -> Record:
-    kind = KINDS[leaf.kind] if leaf.kind < len(KINDS) else KINDS[0]
-    return Record(request, leaf.submit_ns, leaf.done_ns, kind, leaf.flags)
+def patient(attach: Callable[[], int]) -> int:
+    """Attach; another tool that is just leaving the same place may be in the way for a moment."""
+    for wait_s in IN_THE_WAY_S:
+        try:
+            return attach()
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                raise
+        time.sleep(wait_s)
+    return attach()
 
 
-def _possible_cpus() -> int:
-    """How many values a per-CPU map entry has: the highest possible CPU plus one."""
-    text = Path("/sys/devices/system/cpu/possible").read_text(encoding="ascii").strip()
-    return int(re.split("[-,]", text)[-1]) + 1
+def _reason(error: OSError | ImageError) -> str:
+    if not isinstance(error, OSError):
+        return str(error)
+    reason = error.strerror or str(error)
+    if error.errno == errno.EINVAL:
+        # The kernel wants all probes at a place to name the same semaphore; bcc's Python names one at random.
+        reason += "; another tool, one of bcc's perhaps, may hold a probe at the same place"
+    return reason
 
 
-def _translated(what: str, error: Exception | None, output: _Output) -> ProbeError | NotPermitted:
-    """BCC's bare exceptions as ours, with all that was printed as a note."""
-    reason = output.last_line() or str(error)
-    text = output.text.lower()
+def close_links(links: Mapping[str, Sequence[int]]) -> None:
+    """Detach; submit first, so that no request is followed whose end will not be seen."""
+    for name in (SUBMIT, DONE, CALLBACK):
+        for fd in links.get(name, ()):
+            os.close(fd)
+
+
+def _namespace_flags() -> list[str]:
+    """How the programs know processes by the ids that user space knows, which may be in a container."""
+    own = os.stat("/proc/self/ns/pid")
+    if own.st_ino == FIRST_PID_NAMESPACE:
+        return []
+    return [f"-DPID_NAMESPACE_DEVICE={own.st_dev}ULL", f"-DPID_NAMESPACE_INODE={own.st_ino}ULL"]
+
+
+def can_be_shared(pid: int) -> bool:
+    """Whether shared programs can tell that process by the id that we know it by."""
+    own = os.stat("/proc/self/ns/pid")
+    try:
+        theirs = os.stat(f"/proc/{pid}/ns/pid")
+    except OSError:
+        return True
+    return own.st_ino in (FIRST_PID_NAMESPACE, theirs.st_ino)
+
+
+def _notes(error: BaseException) -> str:
+    return "\n".join(getattr(error, "__notes__", ()))
+
+
+def _translated(what: str, reason: str, output: str) -> ProbeError | NotPermitted:
+    """What bcc or the kernel says as ours, with all that was printed as a note."""
+    text = f"{reason}\n{output}".lower()
     translated: ProbeError | NotPermitted
     # The verifier answers "permission denied", too, but tells what it has looked at.
     if ("not permitted" in text or "permission denied" in text) and "processed " not in text:
@@ -482,5 +710,5 @@ def _translated(what: str, error: Exception | None, output: _Output) -> ProbeErr
     else:
         hint = f"{shlex.join(['aio-trace', '-v', *sys.argv[1:]])}    # shows all that BCC printed"
         translated = ProbeError(f"could not {what}: {reason}", hint)
-    translated.add_note(output.text)
+    translated.add_note(output)
     return translated

@@ -25,6 +25,7 @@ from tracer.events import (
     Nudged,
     PoolInfo,
     Resolved,
+    Stepped,
     TargetEnded,
 )
 from tracer.known_bugs import BugNote
@@ -101,6 +102,8 @@ def _body(event: Event) -> tuple[str, dict[str, Any]]:
     if isinstance(event, Resolved):
         after = round(event.after_s, 6)
         return "resolved", {"request": as_hex(event.request), "pool": as_hex(event.pool), "after_s": after}
+    if isinstance(event, Stepped):
+        return "budget", _stepped_body(event)
     if isinstance(event, Nudged):
         return "nudge", _nudged_body(event)
     if isinstance(event, Failure):
@@ -133,6 +136,15 @@ def _attached_body(event: Attached) -> dict[str, Any]:
         "in_flight": event.in_flight,
         "startup_s": round(event.startup_s, 3),
         "notes": list(event.notes),
+    }
+
+
+def _stepped_body(event: Stepped) -> dict[str, Any]:
+    return {
+        "from": event.before,
+        "to": event.mode,
+        "cost_percent": None if event.share is None else round(100 * event.share, 2),
+        "budget_percent": round(100 * event.budget, 2),
     }
 
 
@@ -300,6 +312,8 @@ class TableWriter:
             self._print(checked_text(event))
         elif isinstance(event, Nudged):
             self._print(self._nudged(event))
+        elif isinstance(event, Stepped):
+            self._print(self._stepped(event))
         elif isinstance(event, TargetEnded):
             self._progress(f"{self._of(event)}{event.reason}")
         elif isinstance(event, Failure):
@@ -404,6 +418,16 @@ class TableWriter:
         if event.bytes is not None and event.offset is not None:
             extent = f" ({size(event.bytes)} at {event.offset})"
         return f"{event.kind or 'request'}{place}{extent}"
+
+    def _stepped(self, event: Stepped) -> str:
+        what = {
+            "full": "all three probes again",
+            "alert": "done and callback only: no submit times",
+            "none": "no probe, memory is sampled: alerts still come, counts and latencies do not",
+        }[event.mode]
+        cost = "" if event.share is None else f"the probes cost {100 * event.share:.1f} % of a processor, "
+        text = f"{self._when(event)}budget: {cost}{100 * event.budget:g} % are allowed; from now on {what}"
+        return f"{text}\n  --budget none lets them cost what they cost"
 
     def _nudged(self, event: Nudged) -> str:
         outcome = "went on: it is free" if event.freed else "is still stuck: NOT freed"

@@ -11,8 +11,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 
 from tracer.layout import RequestState
+from tracer.maps import FLAG_BEFORE, FLAG_NO_CALLBACK, Record
 from tracer.pools import Pool, PoolReader, Request
-from tracer.probes import FLAG_BEFORE, FLAG_NO_CALLBACK, Record
 
 
 @dataclass

@@ -10,6 +10,7 @@ import os
 import select
 import subprocess
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -19,13 +20,18 @@ from tracer import probes
 from tracer.build import Build, debug_place, read_build
 from tracer.errors import AioTraceError, HostError, NoSuchProcess, NotQemu, SitesNotFound, TargetExited
 from tracer.events import Alert, Event, Failure, Resolved
-from tracer.target import Target, open_target, qemu_hint
-from tracer.watch import Settings, Watch
+from tracer.spending import HitPrice
+from tracer.target import Target, list_pids, looks_like_qemu, open_target, qemu_hint
+from tracer.watch import MODES, Settings, Watch, parameters_of
 
 if TYPE_CHECKING:
     from tracer.nudger import Nudger
 
 FOREVER_S = 3600.0
+#: More processes of one executable than this share their probes.
+SHARED_FROM = 4
+#: How often new QEMUs are looked for; and how much sooner than planned one may be looked at with others; seconds.
+FOLLOW_S, TOGETHER_S = 2.0, 0.05
 
 
 class Stop:
@@ -51,6 +57,7 @@ class Options:
     duration_s: float = 0.0
     on_alert: str | None = None
     nudge: str | None = None  # the QMP socket of the only process
+    follow: bool = False  # QEMUs that start later, too
 
 
 class Session:
@@ -75,6 +82,10 @@ class Session:
         self._builds: dict[tuple[int, int], Build] = {}
         self._children: list[subprocess.Popen[bytes]] = []
         self._nudger: Nudger | None = None
+        self._price = HitPrice()
+        self._shared: dict[tuple[int, int], probes.Programs] = {}
+        self._newcomers = Newcomers(pids)
+        self._next_look = 0.0
         self.alerts = 0
         self.failures = 0
 
@@ -85,39 +96,39 @@ class Session:
         that could not be traced; with several, each failure is an event and the rest goes on.
         """
         probes_wanted = self._options.settings.mode != "none"
-        targets = self._open_targets()
+        targets = [target for pid in dict.fromkeys(self._pids) if (target := self._open(pid))]
         if probes_wanted:
             probes.check_host()
+        self._next_look = time.monotonic() + FOLLOW_S
+        crowded = crowded_executables(targets)
         try:
             for target in targets:
                 if not self._stop.requested:
-                    self._start(target, started)
+                    self._start(target, started, self._options.follow or executable_of(target) in crowded)
             self._loop()
         finally:
             self._end()
 
-    def _open_targets(self) -> list[Target]:
-        targets = []
-        for pid in dict.fromkeys(self._pids):
-            try:
-                targets.append(open_target(pid))
-            except AioTraceError as error:
-                self._failed(error, pid)
-        return targets
+    def _open(self, pid: int) -> Target | None:
+        try:
+            return open_target(pid)
+        except AioTraceError as error:
+            self._failed(error, pid)
+            return None
 
     def _failed(self, error: AioTraceError, pid: int) -> None:
-        if len(self._pids) == 1:
+        if len(self._pids) == 1 and not self._options.follow:
             raise error
         self.failures += 1
         self._emit(Failure(time.time(), pid, error.message, error.hint))
 
-    def _start(self, target: Target, started: float) -> None:
+    def _start(self, target: Target, started: float, shared: bool) -> None:
         try:
             fd = os.pidfd_open(target.pid)
             try:
                 # Only now: what the descriptor refers to is known to be this very process.
                 target.check_alive()
-                watch = self._attached(target, started)
+                watch = self._attached(target, started, shared)
             except BaseException:
                 os.close(fd)
                 raise
@@ -131,23 +142,36 @@ class Session:
         else:
             os.close(fd)
 
-    def _attached(self, target: Target, started: float) -> Watch | None:
+    def _attached(self, target: Target, started: float, shared: bool) -> Watch | None:
         """A watch that is attached; None where we were told to stop before."""
         build = self._build_of(target)
         if self._stop.requested:
             return None
-        watch = Watch(target, build, self._options.settings, self._emit)
+        programs = self._programs_of(target, build) if shared and probes.can_be_shared(target.pid) else None
+        watch = Watch(target, build, self._options.settings, self._emit, self._price)
         try:
             if self._options.nudge:
                 # The monitor's library takes as long to import as a third of all the rest.
                 from tracer.nudger import Nudger
 
                 self._nudger = Nudger(target, build, self._options.nudge, self._progress)
-            watch.attach(started)
+            watch.attach(started, programs)
         except BaseException:
             watch.close()
             raise
         return watch
+
+    def _programs_of(self, target: Target, build: Build) -> probes.Programs | None:
+        """Those that all processes of this executable share."""
+        key = executable_of(target)
+        settings = self._options.settings
+        sites = build.located.sites_of(*MODES[settings.mode])
+        if not sites or key is None:
+            return None
+        if key not in self._shared:
+            what = parameters_of(build, settings, shared=True)
+            self._shared[key] = probes.Programs(sites, build.located.layout.element, what)
+        return self._shared[key]
 
     def _build_of(self, target: Target) -> Build:
         try:
@@ -202,18 +226,20 @@ class Session:
         interval, duration = self._options.interval_s, self._options.duration_s
         next_table = began + interval if interval else float("inf")
         end = began + duration if duration else float("inf")
-        while self._watches and not self._stop.requested:
+        while (self._watches or self._options.follow) and not self._stop.requested:
             now = time.monotonic()
             if now >= end:
                 return
-            for fd, watch in list(self._watches.items()):
-                if now >= watch.next_scan:
-                    self._scan(fd, watch)
+            self._scan_due(now)
             if now >= next_table:
                 for watch in self._watches.values():
                     watch.counts(final=False)
                 next_table += interval * max(1, -(-(now - next_table) // interval))
+            if self._options.follow and now >= self._next_look:
+                self._look_for_newcomers()
             due = min([end, next_table, *(watch.next_scan for watch in self._watches.values())])
+            if self._options.follow:
+                due = min(due, self._next_look)
             self._wait(min(due - time.monotonic(), FOREVER_S))
             self._collect_nudges()
             self._children = [child for child in self._children if child.poll() is None]
@@ -221,6 +247,22 @@ class Session:
     def _collect_nudges(self) -> None:
         for event in self._nudger.collect() if self._nudger else ():
             self._emit(event)
+
+    def _scan_due(self, now: float) -> None:
+        """Those that are due; with many, those that soon are, too, since all share what is read."""
+        if any(now >= watch.next_scan for watch in self._watches.values()):
+            soon = now + (TOGETHER_S if self._shared else 0.0)
+            for fd, watch in list(self._watches.items()):
+                if soon >= watch.next_scan:
+                    self._scan(fd, watch)
+
+    def _look_for_newcomers(self) -> None:
+        for pid in self._newcomers.look():
+            started = time.monotonic()
+            # What ends as quickly as it came was none that hangs.
+            with suppress(NoSuchProcess):
+                self._start(open_target(pid), started, shared=True)
+        self._next_look = time.monotonic() + FOLLOW_S
 
     def _scan(self, fd: int, watch: Watch) -> None:
         try:
@@ -260,6 +302,8 @@ class Session:
             for watch in self._watches.values():
                 watch.counts(final=True)
         finally:
+            for programs in self._shared.values():
+                programs.close()
             for fd, watch in self._watches.items():
                 watch.close()
                 os.close(fd)
@@ -270,6 +314,41 @@ class Session:
             self._nudger.close()
             self._collect_nudges()
             self._nudger = None
+
+
+class Newcomers:
+    """Finds QEMUs that were not there before."""
+
+    def __init__(self, known: Sequence[int]) -> None:
+        """`known`: those that are traced from the start."""
+        self._known = set(known)
+        self._seen: dict[int, int] = {}  # how often each pid was seen
+
+    def look(self) -> list[int]:
+        """QEMUs since the last look. One that was something else at two looks stays that: what starts a QEMU
+        is a process of another name first, but not for long."""
+        pids = set(list_pids())
+        self._known &= pids
+        self._seen = {pid: self._seen.get(pid, 0) + 1 for pid in pids}
+        young = sorted(pid for pid, times in self._seen.items() if times <= 2 and pid not in self._known)
+        found = [pid for pid in young if looks_like_qemu(pid)]
+        self._known.update(found)
+        return found
+
+
+def executable_of(target: Target) -> tuple[int, int] | None:
+    """What tells executables apart, None if the process has ended."""
+    try:
+        status = os.stat(target.image_path)
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino
+
+
+def crowded_executables(targets: Sequence[Target]) -> set[tuple[int, int] | None]:
+    """Executables that more than SHARED_FROM of the processes run."""
+    count = Counter(executable_of(target) for target in targets)
+    return {executable for executable, times in count.items() if times > SHARED_FROM}
 
 
 def _explained(target: Target, error: AioTraceError | OSError) -> AioTraceError:

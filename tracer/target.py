@@ -336,14 +336,16 @@ def _exe_of(pid: int) -> str:
 
 def find_qemus() -> list[int]:
     """The pids of all processes whose executable's name says that they are a QEMU, lowest first."""
-    return sorted(pid for pid in _all_pids() if _looks_like_qemu(pid))
+    return sorted(pid for pid in list_pids() if looks_like_qemu(pid))
 
 
-def _all_pids() -> list[int]:
+def list_pids() -> list[int]:
+    """Every process."""
     return [int(name) for name in os.listdir("/proc") if name.isdigit()]
 
 
-def _looks_like_qemu(pid: int) -> bool:
+def looks_like_qemu(pid: int) -> bool:
+    """Whether the name of its executable says that it is a QEMU."""
     try:
         return is_qemu_name(os.path.basename(_exe_of(pid)))
     except OSError:
@@ -359,7 +361,7 @@ def is_qemu_name(name: str) -> bool:
 def qemu_hint(pid: int) -> str:
     """What to type instead where `pid` is no QEMU: the one that has this number inside its container, if any."""
     inside = [
-        outer for outer in _all_pids() if outer != pid and _innermost_pid(outer) == pid and _looks_like_qemu(outer)
+        outer for outer in list_pids() if outer != pid and _innermost_pid(outer) == pid and looks_like_qemu(outer)
     ]
     if inside:
         numbers = " ".join(f"--pid {outer}" for outer in sorted(inside))

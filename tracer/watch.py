@@ -11,22 +11,36 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from tracer import figures, posix_aio, probes
+from tracer.budget import Decision
 from tracer.build import Build, load
-from tracer.events import Alert, Attached, Counts, Event, Latency, PoolInfo, ProbeInfo, Requests, Resolved, TargetEnded
+from tracer.events import (
+    Alert,
+    Attached,
+    Counts,
+    Event,
+    Latency,
+    PoolInfo,
+    ProbeInfo,
+    Requests,
+    Resolved,
+    Stepped,
+    TargetEnded,
+)
 from tracer.inspect import stuck
 from tracer.layout import RequestState
 from tracer.live import LiveView
 from tracer.looking import Finding, Looker
+from tracer.maps import FLAG_NO_CALLBACK, Record, Statistics, Subject
 from tracer.pools import Pool
-from tracer.probes import Record, Statistics, Subject
 from tracer.sampling import MemorySampler
 from tracer.sites.model import CALLBACK, DONE, SITE_NAMES
+from tracer.spending import HitPrice, Spending
 from tracer.target import Target
 from tracer.verdict import as_evidence, judge
 
 ECANCELED = 125
 FULL, ALERT_ONLY, NONE = "full", "alert", "none"
-MODES = {FULL: SITE_NAMES, ALERT_ONLY: (DONE, CALLBACK), NONE: ()}
+MODES: dict[str, tuple[str, ...]] = {FULL: SITE_NAMES, ALERT_ONLY: (DONE, CALLBACK), NONE: ()}
 
 #: While a request is late, how often to see whether it went on; seconds.
 RESOLVE_S = 0.05
@@ -47,6 +61,19 @@ class Settings:
     mode: str = FULL
     max_requests: int = probes.MAX_REQUESTS
     locate_by: str | None = None
+    budget: float = 0.0  # of one processor for the probes of one process; 0 for no limit
+
+
+#: With shared probes, what was read is good for all processes that are asked about at the same time; seconds.
+FRESH_S = 0.02
+
+
+def parameters_of(build: Build, settings: Settings, shared: bool = False) -> probes.Parameters:
+    """What the programs for this build are compiled for."""
+    order = posix_aio.order_of(build.version)
+    return probes.Parameters(
+        settings.max_requests, settings.deadline_s, order, shared, fresh_s=FRESH_S if shared else 0.0
+    )
 
 
 @dataclass
@@ -61,7 +88,15 @@ class _Alerted:
 class Watch:
     """A trace of one process. `emit` gets every event."""
 
-    def __init__(self, target: Target, build: Build, settings: Settings, emit: Callable[[Event], None]) -> None:
+    def __init__(
+        self,
+        target: Target,
+        build: Build,
+        settings: Settings,
+        emit: Callable[[Event], None],
+        price: HitPrice | None = None,
+    ) -> None:
+        """`price`: what a hit costs, measured once for all watches of a session."""
         self.target = target
         self._build = build
         self._settings = settings
@@ -84,21 +119,34 @@ class Watch:
         self._late = self._late_before = 0
         self._period_alerts = 0
         self._stale = 0
+        self._mode = settings.mode
+        self._spending = self._make_spending(price or HitPrice())
+        self._stepped = self._stepped_in_period = False
         self.alerts = 0
         self.next_scan = self._began
         self._next_search = self._began
 
+    def _make_spending(self, price: HitPrice) -> Spending | None:
+        if not self._settings.budget or self._mode == NONE:
+            return None
+        modes = [mode for mode in MODES if mode != FULL or self._mode == FULL]
+        sites = self._build.located.sites
+        return Spending(
+            self._settings.budget, {mode: [sites[name].cheap for name in MODES[mode]] for mode in modes}, price
+        )
+
     # -- attach -------------------------------------------------------------------------------------
 
-    def attach(self, started: float) -> None:
-        """Load and attach what the mode wants, adopt what is in flight; `started` is when the command began."""
-        names = MODES[self._settings.mode]
-        sites = self._build.located.sites_of(*names)
+    def attach(self, started: float, programs: probes.Programs | None = None) -> None:
+        """Attach what the mode wants, adopt what is in flight; `started` is when the command began.
+
+        `programs` are those that are shared by the processes of this build, if they are.
+        """
+        sites = self._build.located.sites_of(*MODES[self._mode])
         if sites:
             element = self._build.located.layout.element
-            order = posix_aio.order_of(self._build.version)
-            what = probes.Parameters(self._settings.max_requests, self._settings.deadline_s, order)
-            self._probes = probes.Probes(self.target.pid, sites, element, what)
+            what = parameters_of(self._build, self._settings)
+            self._probes = probes.Probes(self.target.pid, sites, element, what, programs)
             self.target.check_alive()
             self._probes.attach()
         pools = self._reader.find(self._view.heap_chunks())
@@ -133,10 +181,11 @@ class Watch:
 
     def _adopt(self, pools: list[Pool]) -> int:
         """Follow what is in the pools already; how many requests that were."""
-        if self._probes is None:
+        if self._probes is None or self._mode == NONE:
             self._sampler = MemorySampler(self._reader, pools)
             self._sampler.sample(time.monotonic_ns())
             return len(self._sampler.records())
+        self._sampler = None
         in_flight = 0
         adopted: set[int] = set()
         # Twice: one that became done between reading and adopting passed its probe unnoticed.
@@ -161,7 +210,39 @@ class Watch:
 
     @property
     def _with_submit(self) -> bool:
-        return self._settings.mode == FULL
+        return self._mode == FULL
+
+    # -- budget -------------------------------------------------------------------------------------
+
+    def _spend(self, now: float) -> None:
+        """Look at what the probes cost; use fewer, or more again, where the budget says so."""
+        if self._spending is None or self._probes is None or now < self._spending.due():
+            return
+        completed = None if self._mode == NONE else self._probes.completed()
+        decision = self._spending.look(now, self._mode, completed)
+        if decision.mode != self._mode:
+            self._step(decision)
+
+    def _step(self, decision: Decision) -> None:
+        before, self._mode = self._mode, decision.mode
+        self._stepped = self._stepped_in_period = True
+        assert self._probes is not None
+        self._probes.step(MODES[self._mode])
+        if NONE in (before, self._mode):
+            self._change_source()
+        stepped = Stepped(time.time(), self.target.pid, before, self._mode, decision.share, self._settings.budget)
+        self._emit(stepped)
+
+    def _change_source(self) -> None:
+        """From the probes' records to those of memory, or back; what was told of stays told of."""
+        assert self._probes is not None
+        if self._mode == NONE:
+            for record in self._probes.records().values():
+                self._probes.forget(record)
+        self._adopt(self._reader.find(self._view.heap_chunks()))
+        records = self._records()
+        for address, alerted in self._alerted.items():
+            alerted.record = records.get(address, alerted.record)
 
     # -- scan ---------------------------------------------------------------------------------------
 
@@ -175,11 +256,12 @@ class Watch:
             if limit is not None and now >= limit:
                 self._consider(record, now)
         self._ignored = {a: r for a, r in self._ignored.items() if records.get(a) == r}
+        self._spend(now)
         self._plan(now, records)
         self._last_scan = now
 
     def _records(self) -> dict[int, Record]:
-        if self._probes is not None:
+        if self._probes is not None and self._mode != NONE:
             return self._probes.records()
         if self._sampler is not None:
             self._find_pools(time.monotonic())
@@ -189,7 +271,7 @@ class Watch:
 
     def _limit_of(self, record: Record) -> float | None:
         """When this record is overdue, on the monotonic clock; None for never."""
-        if record.flags & probes.FLAG_NO_CALLBACK or self._ignored.get(record.request) == record:
+        if record.flags & FLAG_NO_CALLBACK or self._ignored.get(record.request) == record:
             return None
         if record.done_ns:
             return record.done_ns / 1e9 + self._settings.deadline_s
@@ -202,8 +284,10 @@ class Watch:
         due = now + self._settings.deadline_s
         if self._settings.slow_s:
             due = min(due, now + self._settings.slow_s)
-        if self._probes is None:
+        if self._mode == NONE:
             due = min(due, now + max(self._settings.deadline_s / 4, 0.01))
+        if self._spending is not None:
+            due = min(due, max(self._spending.due(), now))
         for record in records.values():
             limit = self._limit_of(record)
             if limit is not None and record.request not in self._alerted:
@@ -223,7 +307,7 @@ class Watch:
             del self._alerted[address]
             since = alerted.record.done_ns or alerted.record.submit_ns
             # What the probes followed from its submit on, they count.
-            self._late += bool(alerted.record.done_ns) and (self._probes is None or alerted.record.before)
+            self._late += bool(alerted.record.done_ns) and (self._mode == NONE or alerted.record.before)
             self._emit(Resolved(time.time(), self.target.pid, address, alerted.pool, now - since / 1e9, alerted.cause))
 
     def _consider(self, record: Record, now: float) -> None:
@@ -231,7 +315,7 @@ class Watch:
         known = self._alerted.get(record.request)
         if known and now - known.judged < max(self._settings.deadline_s, 1.0):
             return
-        if self._probes is None and not self._proved(record):
+        if self._mode == NONE and not self._proved(record):
             return
         since = record.done_ns or record.submit_ns
         finding = self._looker.look(record.request, now - since / 1e9)
@@ -245,7 +329,7 @@ class Watch:
         self._judged(record, finding, known)
 
     def _still(self, record: Record) -> bool:
-        if self._probes is None:
+        if self._probes is None or self._mode == NONE:
             return True
         return self._probes.record(record.request) == record
 
@@ -270,7 +354,7 @@ class Watch:
 
     def _drop(self, record: Record) -> None:
         """The request is gone from memory but not from the map: a hit was not seen, or came too late."""
-        if self._probes is not None and self._still(record):
+        if self._probes is not None and self._mode != NONE and self._still(record):
             self._probes.forget(record)
             self._stale += self._with_submit and not record.before
 
@@ -330,24 +414,25 @@ class Watch:
                 self.target.pid,
                 final,
                 now - start,
-                self._requests(total),
+                self._requests(total, final),
                 self.alerts if final else self._period_alerts,
                 total.map_full + total.missed + (self._stale if final else 0),
-                figures.latencies(total, self._with_submit) if self._probes else {},
+                figures.latencies(total, self._settings.mode == FULL) if self._probes else {},
                 self._grouped(period, lambda subject: subject[0]),
-                self._count_notes(total),
+                self._count_notes(total, final),
                 self._grouped(period, self._file_of),
                 total.late + self._late - (0 if final else self._late_before),
             )
         )
         self._snapshot, self._period_start, self._period_alerts = by_subject, now, 0
         self._late_before = self._late
+        self._stepped_in_period = self._mode != self._settings.mode
 
     def _grouped(
         self, period: dict[Subject, Statistics], group_of: Callable[[Subject], str | None]
     ) -> dict[str, dict[str, Latency]]:
         groups = figures.grouped(period, group_of)
-        return {name: figures.latencies(statistics, self._with_submit) for name, statistics in groups.items()}
+        return {name: figures.latencies(statistics, self._settings.mode == FULL) for name, statistics in groups.items()}
 
     def _file_of(self, subject: Subject) -> str | None:
         """The file of a descriptor: what it is now, or was when it was last seen open."""
@@ -359,14 +444,17 @@ class Watch:
             self._files[fd] = name
         return self._files.get(fd)
 
-    def _requests(self, total: Statistics) -> Requests:
-        if self._probes is None:
-            in_flight = len(self._sampler.records()) if self._sampler else None
-            return Requests(None, None, None, None, in_flight)
-        return figures.requests(total, len(self._probes.records()) if self._with_submit else None, self._with_submit)
+    def _requests(self, total: Statistics, final: bool) -> Requests:
+        sampled = len(self._sampler.records()) if self._sampler else None
+        if self._probes is None or (self._mode == NONE and not final):
+            return Requests(None, None, None, None, sampled)
+        in_flight = len(self._probes.records()) if self._with_submit else sampled
+        return figures.requests(total, in_flight, self._settings.mode == FULL)
 
-    def _count_notes(self, total: Statistics) -> tuple[str, ...]:
+    def _count_notes(self, total: Statistics, final: bool) -> tuple[str, ...]:
         notes = []
+        if self._stepped if final else self._stepped_in_period:
+            notes.append("the budget took probes away for a time: the requests of that time are not all counted")
         if total.map_full:
             notes.append(
                 f"{total.map_full} requests could not be followed because more than "

@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import require
+from tests.kernel.attaching import VARIANTS, Variant, use
 from tests.kernel.miniature import Miniature, build
+from tracer import probes
 from tracer.errors import AioTraceError
 from tracer.probes import check_host
 
@@ -26,6 +28,14 @@ def kernel_host() -> None:
         require(False, f"{error.message} ({error.hint})")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def empty_cache(kernel_host: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Nothing that was compiled before this run is used in it, and nothing of it is kept."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture(scope="session")
 def program(kernel_host: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The program, position independent as QEMU is."""
@@ -37,3 +47,17 @@ def pool(program: Path) -> Iterator[Miniature]:
     """A pool in miniature of the test's own."""
     with Miniature(program) as running:
         yield running
+
+
+@pytest.fixture(params=VARIANTS.values(), ids=VARIANTS.keys())
+def variant(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Variant:
+    """The programs for new kernels and for old ones, for one process and for many."""
+    chosen: Variant = request.param
+    use(chosen, monkeypatch)
+    return chosen
+
+
+@pytest.fixture
+def settled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The probes are taken to have been there for long: a callback without its done has overtaken it."""
+    monkeypatch.setattr(probes, "SETTLING_NS", 0)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import platform
 import subprocess
+from functools import cache
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -30,6 +31,7 @@ def build(folder: Path, *options: str) -> Path:
     return program
 
 
+@cache
 def symbols(program: Path) -> dict[str, int]:
     """Every symbol's ELF address."""
     listing = subprocess.run(["nm", str(program)], check=True, capture_output=True, text=True).stdout

@@ -2,77 +2,52 @@
 
 from __future__ import annotations
 
-import os
-import re
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from tests.kernel import attaching
+from tests.kernel.attaching import (
+    ALERT_ONLY,
+    Variant,
+    attached,
+    counts,
+    in_every_way,
+    load,
+    open_kernel_objects,
+    small,
+    total,
+)
 from tests.kernel.miniature import ELEMENT, Miniature, build
-from tracer import probes
+from tracer import kernel, probes
 from tracer.errors import AioTraceError, ProbeError
-from tracer.figures import combined
-from tracer.layout import ElementLayout
-from tracer.probes import FLAG_BEFORE, FLAG_NO_CALLBACK, KINDS, Parameters, Probes, Statistics, bucket_upper_ns
-from tracer.sites.model import SITE_NAMES, Site
-
-ALERT_ONLY = ("done", "callback")
+from tracer.maps import COUNTERS, FLAG_BEFORE, FLAG_NO_CALLBACK, KINDS, THE_PROCESS, WAYS, Record, bucket_upper_ns, set_of
+from tracer.probes import Probes
+from tracer.sites.model import SITE_NAMES
 
 
-@contextmanager
-def attached(pool: Miniature, names: tuple[str, ...] = SITE_NAMES, max_requests: int = 10240) -> Iterator[Probes]:
-    """Probes on the pool's sites of those names."""
-    loaded = Probes(pool.pid, [pool.sites[name] for name in names], ELEMENT, Parameters(max_requests))
-    try:
-        loaded.attach()
-        yield loaded
-    finally:
-        loaded.close()
-
-
-@pytest.fixture(params=[True, False], ids=["cmpxchg", "no cmpxchg"])
-def either_program(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The programs for kernels from 5.12 on, and those for older ones."""
-    flags = probes.compile_flags
-
-    def chosen(sites: Sequence[Site], element: ElementLayout, what: Parameters, _cmpxchg: bool) -> list[str]:
-        return flags(sites, element, what, request.param)
-
-    monkeypatch.setattr(probes, "compile_flags", chosen)
-
-
-def counts(loaded: Probes) -> dict[str, int]:
-    """All counters that are not zero, over all kinds."""
-    total = combined(loaded.statistics().values())
-    return {name: value for name in probes.COUNTERS if (value := getattr(total, name))}
-
-
-def total(loaded: Probes) -> Statistics:
-    return combined(loaded.statistics().values())
-
-
-def test_asked_for_23_seen_23(pool: Miniature, either_program: None) -> None:
+@in_every_way
+def test_asked_for_23_seen_23(pool: Miniature, variant: Variant) -> None:
     with attached(pool) as loaded:
         pool.do("r23")
         assert counts(loaded) == {"submitted": 23, "done": 23, "completed": 23}
-        for stage in total(loaded).stages:
-            assert stage.count == sum(stage.buckets) == 23
-            assert stage.max_ns <= stage.sum_ns
+        assert loaded.completed() == 23
+        assert [stage.count for stage in total(loaded).stages] == [23] * 3
         assert loaded.records() == {}
 
 
-def test_stages_add_up(pool: Miniature) -> None:
-    """Nothing is measured twice or not at all: the two stages together are the total, to the nanosecond."""
+def test_stages_add_up(pool: Miniature, variant: Variant) -> None:
+    """Nothing is measured twice or not at all: the two stages of a request are its total, to the nanosecond."""
     with attached(pool) as loaded:
-        pool.do("r1000")
-        to_done, to_callback, whole = (stage.sum_ns for stage in total(loaded).stages)
-        assert to_done + to_callback == whole > 0
+        pool.do("s0 d0 c0")
+        to_done, to_callback, whole = (stage.max_ns for stage in total(loaded).stages)
+        assert to_done + to_callback == whole
+        assert min(to_done, to_callback) > 0
 
 
-def test_counts_are_exact_on_several_processors(pool: Miniature, either_program: None) -> None:
+@in_every_way
+def test_counts_are_exact_on_several_processors(pool: Miniature, variant: Variant) -> None:
     with attached(pool) as loaded:
         pool.do("r20000")
         assert counts(loaded) == {"submitted": 20000, "done": 20000, "completed": 20000}
@@ -80,19 +55,20 @@ def test_counts_are_exact_on_several_processors(pool: Miniature, either_program:
         assert loaded.records() == {}
 
 
-def test_counts_are_exact_when_callbacks_overtake_their_done(pool: Miniature) -> None:
+@pytest.mark.parametrize("names", [SITE_NAMES, ALERT_ONLY], ids=["full", "alert"])
+def test_counts_are_exact_when_callbacks_overtake_their_done(
+    pool: Miniature, variant: Variant, settled: None, names: tuple[str, ...]
+) -> None:
     """As in QEMU a request may be called back, and its memory used again, before its worker reaches the site."""
-    with attached(pool) as loaded:
+    with attached(pool, names) as loaded:
         pool.do("q5000")
-        seen = counts(loaded)
         # A worker that reaches the site at last marks the next request at that address: not a count.
-        assert (seen["submitted"], seen["completed"]) == (5000, 5000)
-        assert seen["done"] == 5000
-        assert "missed" not in seen
+        expected = {"submitted": 5000, "done": 5000, "completed": 5000}
+        assert counts(loaded) == {name: n for name, n in expected.items() if name != "submitted" or names == SITE_NAMES}
         assert loaded.records() == {}
 
 
-def test_a_request_on_its_way(pool: Miniature) -> None:
+def test_a_request_on_its_way(pool: Miniature, variant: Variant) -> None:
     with attached(pool) as loaded:
         pool.do("s7")
         record = loaded.record(pool.element(7))
@@ -107,7 +83,7 @@ def test_a_request_on_its_way(pool: Miniature) -> None:
         assert loaded.record(pool.element(7)) is None
 
 
-def test_callback_before_its_done(pool: Miniature, either_program: None) -> None:
+def test_callback_before_its_done(pool: Miniature, variant: Variant) -> None:
     """The late hit finds no request and is not counted again."""
     with attached(pool) as loaded:
         pool.do("s0 c0 d0")
@@ -115,7 +91,7 @@ def test_callback_before_its_done(pool: Miniature, either_program: None) -> None
         assert [stage.count for stage in total(loaded).stages] == [1, 1, 1]
 
 
-def test_late_done_of_an_earlier_request(pool: Miniature, either_program: None) -> None:
+def test_late_done_of_an_earlier_request(pool: Miniature, variant: Variant) -> None:
     """It hits the next request at that address; that one's own hit corrects the time."""
     with attached(pool) as loaded:
         pool.do("s0 c0 s0 d0")
@@ -130,7 +106,7 @@ def test_late_done_of_an_earlier_request(pool: Miniature, either_program: None) 
 
 
 @pytest.mark.parametrize("order", ["s1 x1 c1", "s1 s2 x1 c1 d2 c2"])
-def test_cancelled_requests(pool: Miniature, either_program: None, order: str) -> None:
+def test_cancelled_requests(pool: Miniature, variant: Variant, order: str) -> None:
     """No worker ever had it: thread_pool_cancel wrote THREAD_DONE and -ECANCELED."""
     with attached(pool) as loaded:
         pool.do(order)
@@ -160,7 +136,7 @@ def test_requests_without_callback(pool: Miniature) -> None:
         assert loaded.records() == {}
 
 
-def test_addresses_used_again(pool: Miniature, either_program: None) -> None:
+def test_addresses_used_again(pool: Miniature, variant: Variant) -> None:
     """glib's allocator gives the same memory to the next request at once."""
     with attached(pool) as loaded:
         pool.do("s0 d0 c0 " * 1000)
@@ -168,7 +144,7 @@ def test_addresses_used_again(pool: Miniature, either_program: None) -> None:
         assert loaded.records() == {}
 
 
-def test_an_end_that_was_not_seen(pool: Miniature) -> None:
+def test_an_end_that_was_not_seen(pool: Miniature, variant: Variant) -> None:
     """The address comes back though the map holds its last request: that is counted as a miss."""
     with attached(pool) as loaded:
         pool.do("s0")
@@ -179,32 +155,54 @@ def test_an_end_that_was_not_seen(pool: Miniature) -> None:
         assert second is not None
         assert first.submit_ns < second.submit_ns
         assert counts(loaded) == {"submitted": 2, "missed": 1}
+        assert loaded.records() == {pool.element(0): second}
 
 
-def test_a_full_map_is_counted(pool: Miniature, either_program: None) -> None:
-    """Four can be followed, ten are under way: six are counted as such, nothing is invented at their end."""
-    with attached(pool, max_requests=4) as loaded:
-        pool.do(" ".join(f"s{slot}" for slot in range(10)))
-        assert counts(loaded) == {"submitted": 10, "map_full": 6}
-        followed = loaded.records()
-        assert len(followed) == 4
-        assert followed.keys() <= {pool.element(slot) for slot in range(10)}
-        pool.do(" ".join(f"d{slot} c{slot}" for slot in range(10)))
+def test_an_end_that_was_not_seen_without_submit(pool: Miniature, variant: Variant, settled: None) -> None:
+    with attached(pool, ALERT_ONLY) as loaded:
+        pool.do("d0 d0")
+        assert counts(loaded) == {"done": 2, "missed": 1}
+        assert len(loaded.records()) == 1
+
+
+def room(pool: Miniature, variant: Variant, slots: int) -> int:
+    """How many of that many requests can be followed with small()."""
+    if not variant.atomics:
+        return 4
+    number = pool.pid if variant.shared else THE_PROCESS
+    sets = [set_of(pool.element(slot), number, 1) for slot in range(slots)]
+    assert min(sets.count(0), sets.count(1)) >= WAYS + 4
+    return 2 * WAYS + 4
+
+
+@in_every_way
+def test_a_full_map_is_counted(pool: Miniature, variant: Variant) -> None:
+    """What cannot be followed is counted as such, and nothing is invented at its end."""
+    with attached(pool, what=small()) as loaded:
+        followed = room(pool, variant, 64)
+        pool.do(" ".join(f"s{slot}" for slot in range(64)))
+        assert counts(loaded) == {"submitted": 64, "map_full": 64 - followed}
+        records = loaded.records()
+        assert len(records) == followed
+        assert records.keys() <= {pool.element(slot) for slot in range(64)}
+        assert {address: loaded.record(address) for address in records} == records
+        pool.do(" ".join(f"d{slot} c{slot}" for slot in range(64)))
         seen = counts(loaded)
-        assert (seen["done"], seen["completed"], seen["before"]) == (4, 4, 6)
+        assert (seen["submitted"], seen["completed"], seen["before"]) == (64, followed, 64 - followed)
         assert loaded.records() == {}
         pool.do("s0 d0 c0")
-        assert counts(loaded)["completed"] == 5
+        assert counts(loaded)["completed"] == followed + 1
 
 
-def test_a_full_map_without_submit(pool: Miniature) -> None:
-    with attached(pool, ALERT_ONLY, max_requests=4) as loaded:
-        pool.do(" ".join(f"d{slot}" for slot in range(10)))
-        assert counts(loaded) == {"done": 10, "map_full": 6}
-        assert len(loaded.records()) == 4
+def test_a_full_map_without_submit(pool: Miniature, variant: Variant) -> None:
+    with attached(pool, ALERT_ONLY, small()) as loaded:
+        followed = room(pool, variant, 64)
+        pool.do(" ".join(f"d{slot}" for slot in range(64)))
+        assert counts(loaded) == {"done": 64, "map_full": 64 - followed}
+        assert len(loaded.records()) == followed
 
 
-def test_done_and_callback_alone(pool: Miniature, either_program: None) -> None:
+def test_done_and_callback_alone(pool: Miniature, variant: Variant) -> None:
     with attached(pool, ALERT_ONLY) as loaded:
         pool.do("r23 s1 x1 c1 s2 d2")
         assert counts(loaded) == {"done": 24, "completed": 23, "cancelled": 1}
@@ -212,6 +210,78 @@ def test_done_and_callback_alone(pool: Miniature, either_program: None) -> None:
         (left,) = loaded.records().values()
         assert (left.request, left.submit_ns) == (pool.element(2), 0)
         assert left.done_ns > 0
+
+
+@pytest.fixture(params=[0, 1], ids=["in a set", "besides"])
+def slot(request: pytest.FixtureRequest, pool: Miniature) -> int:
+    """A request; those before it in the list have filled the sets of small() where it is to be besides."""
+    return 64 if request.param else 0
+
+
+def crowd(stage: str, slot: int) -> str:
+    """Fill both sets, and no more: what comes later is in the map `overflow`."""
+    return " ".join(f"{stage}{other}" for other in range(slot))
+
+
+def test_a_callback_that_came_first_is_no_record(pool: Miniature, variant: Variant, settled: None, slot: int) -> None:
+    """What stands for it is cleared away by its done hit, and by that one only."""
+    with attached(pool, ALERT_ONLY, small(max_requests=100)) as loaded:
+        pool.do(crowd("d", slot))
+        others = loaded.records()
+        pool.do(f"c{slot}")
+        assert counts(loaded)["completed"] == 1
+        assert loaded.record(pool.element(slot)) is None
+        assert loaded.records() == others
+        pool.do(f"d{slot}")
+        assert loaded.records() == others
+        assert counts(loaded) == {"done": slot + 1, "completed": 1}
+        pool.do(f"d{slot}")
+        assert loaded.records().keys() == {*others, pool.element(slot)}
+        assert counts(loaded) == {"done": slot + 2, "completed": 1}
+
+
+def test_a_callback_that_came_first_long_ago(
+    pool: Miniature, variant: Variant, settled: None, slot: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A done hit so late is another request's, which must not go unseen."""
+    monkeypatch.setattr(probes, "CALLED_FOR_NS", 0)
+    with attached(pool, ALERT_ONLY, small(max_requests=100)) as loaded:
+        pool.do(f"{crowd('d', slot)} c{slot} d{slot}")
+        record = loaded.record(pool.element(slot))
+        assert record is not None
+        assert record.done_ns > record.submit_ns == 0
+        assert counts(loaded) == {"done": slot + 2, "completed": 1}
+
+
+def test_a_request_done_while_the_probes_were_attached(pool: Miniature, variant: Variant) -> None:
+    """Its done hit was not seen, and its callback is not taken for one that came first: the next one is followed.
+
+    It would be lost without a record, and so would every later one at this address.
+    """
+    with attached(pool, ALERT_ONLY) as loaded:
+        pool.do("c0 d0")
+        assert loaded.records().keys() == {pool.element(0)}
+        pool.do("c0 d0")
+        assert loaded.records().keys() == {pool.element(0)}
+        assert counts(loaded) == {"done": 3, "completed": 2}
+
+
+def test_a_done_that_comes_late_while_the_probes_are_attached(pool: Miniature, variant: Variant) -> None:
+    """Its record is the next one's at that address, and not an end that was not seen."""
+    with attached(pool, ALERT_ONLY) as loaded:
+        pool.do("c0 d0 d0 c0")
+        assert counts(loaded) == {"done": 2, "completed": 2}
+        assert loaded.records() == {}
+
+
+def test_cancelled_without_submit(pool: Miniature, variant: Variant, settled: None, slot: int) -> None:
+    """Also where a callback came first at this address."""
+    with attached(pool, ALERT_ONLY, small(max_requests=100)) as loaded:
+        pool.do(f"{crowd('d', slot)} x{slot} c{slot}")
+        assert counts(loaded) == {"cancelled": 1} | ({"done": slot} if slot else {})
+        pool.do(f"c{slot} x{slot} c{slot} d{slot}")
+        assert counts(loaded) == {"cancelled": 2, "done": slot + 1, "completed": 1}
+        assert len(loaded.records()) == slot
 
 
 @pytest.mark.parametrize("bit", range(8))
@@ -237,7 +307,7 @@ def test_arguments_of_others(pool: Miniature, aio_type: int) -> None:
         assert {kind for (kind, _fd), seen in loaded.statistics().items() if seen.submitted} == {"other"}
 
 
-def test_requests_from_before(pool: Miniature) -> None:
+def test_requests_from_before(pool: Miniature, variant: Variant) -> None:
     """Their end is seen, but they are neither counted nor timed with those that were seen from the start."""
     pool.do("s0 s1")
     with attached(pool) as loaded:
@@ -254,15 +324,72 @@ def test_requests_from_before(pool: Miniature) -> None:
         assert loaded.records() == {}
 
 
-def test_adopting_changes_nothing_that_probes_saw(pool: Miniature) -> None:
+def test_requests_from_before_without_submit(pool: Miniature, variant: Variant, settled: None) -> None:
+    with attached(pool, ALERT_ONLY) as loaded:
+        loaded.adopt(pool.element(0), "flush", 1000, done=False)
+        loaded.adopt(pool.element(1), "read", 2000, done=True)
+        pool.do("d0")
+        assert loaded.records()[pool.element(0)].done_ns > 2000
+        pool.do("c0 c1 d2 c2")
+        assert counts(loaded) == {"done": 1, "completed": 1, "before": 2}
+        assert loaded.records() == {}
+
+
+def test_a_request_from_before_that_is_cancelled(pool: Miniature, variant: Variant) -> None:
     with attached(pool) as loaded:
-        pool.do("s0 d0")
+        loaded.adopt(pool.element(0), "flush", 1000, done=False)
+        pool.do("x0 c0")
+        assert counts(loaded) == {"before": 1}
+        assert loaded.records() == {}
+
+
+def test_a_request_from_before_whose_end_was_not_seen(pool: Miniature, variant: Variant) -> None:
+    """The address is used again: a new request, and nothing that the probes have missed."""
+    with attached(pool) as loaded:
+        loaded.adopt(pool.element(0), "flush", 1000, done=True)
+        pool.do("s0")
+        record = loaded.record(pool.element(0))
+        assert record is not None
+        assert (record.done_ns, record.before, record.flags) == (0, False, 0)
+        assert loaded.records() == {record.request: record}
+        pool.do("d0 c0")
+        assert counts(loaded) == {"submitted": 1, "done": 1, "completed": 1}
+        assert loaded.records() == {}
+
+
+def test_the_same_without_submit(pool: Miniature, variant: Variant, settled: None) -> None:
+    """Who can tell the two apart: it counts as from before, and the next one as itself."""
+    with attached(pool, ALERT_ONLY) as loaded:
+        loaded.adopt(pool.element(0), "flush", 1000, done=True)
+        pool.do("d0 c0 d0")
+        assert loaded.records().keys() == {pool.element(0)}
+        pool.do("c0")
+        assert counts(loaded) == {"done": 1, "completed": 1, "before": 1}
+        assert loaded.records() == {}
+
+
+def test_adopting_late(pool: Miniature, variant: Variant) -> None:
+    """A submit between the look and the adoption: the probes' own record is the true one, and the only one."""
+    with attached(pool) as loaded:
+        pool.do("s0")
         known = loaded.record(pool.element(0))
-        loaded.adopt(pool.element(0), "other", 5, done=True)
-        assert loaded.record(pool.element(0)) == known
+        assert known is not None
+        loaded._programs.adopt(pool.pid, Record(pool.element(0), 5, 0, "flush", FLAG_BEFORE), known=False)
+        assert loaded.records() == {pool.element(0): known}
+        pool.do("d0 c0")
+        assert loaded.records() == {}
+        assert counts(loaded) == {"submitted": 1, "done": 1, "completed": 1}
 
 
-def test_adopting_again_marks_what_became_done_meanwhile(pool: Miniature) -> None:
+def test_adopting_changes_nothing_that_probes_saw(pool: Miniature, variant: Variant, slot: int) -> None:
+    with attached(pool, what=small(max_requests=100)) as loaded:
+        pool.do(f"{crowd('s', slot)} s{slot} d{slot}")
+        known = loaded.records()
+        loaded.adopt(pool.element(slot), "other", 5, done=True)
+        assert loaded.records() == known
+
+
+def test_adopting_again_marks_what_became_done_meanwhile(pool: Miniature, variant: Variant) -> None:
     with attached(pool) as loaded:
         loaded.adopt(pool.element(0), "read", 5, done=False)
         loaded.adopt(pool.element(0), "read", 9, done=True)
@@ -271,34 +398,53 @@ def test_adopting_again_marks_what_became_done_meanwhile(pool: Miniature) -> Non
         assert (record.submit_ns, record.done_ns) == (5, 9)
 
 
-def test_forgetting_takes_the_very_record_only(pool: Miniature) -> None:
-    with attached(pool) as loaded:
-        pool.do("s0")
-        first = loaded.record(pool.element(0))
+def test_forgetting_takes_the_very_record_only(pool: Miniature, variant: Variant, slot: int) -> None:
+    with attached(pool, what=small(max_requests=100)) as loaded:
+        pool.do(f"{crowd('s', slot)} s{slot}")
+        first = loaded.record(pool.element(slot))
         assert first is not None
-        pool.do("d0 c0 s0")
+        pool.do(f"d{slot} c{slot} s{slot}")
         loaded.forget(first)
-        second = loaded.record(pool.element(0))
+        second = loaded.record(pool.element(slot))
         assert second is not None
         loaded.forget(second)
-        assert loaded.record(pool.element(0)) is None
+        loaded.forget(second)
+        assert loaded.record(pool.element(slot)) is None
+        assert len(loaded.records()) == slot
+        # Submitted it was all the same.
+        assert counts(loaded) == {"submitted": slot + 2, "done": 1, "completed": 1}
+        pool.do(f"s{slot} d{slot} c{slot}")
+        assert counts(loaded) == {"submitted": slot + 3, "done": 2, "completed": 2}
+
+
+def test_what_is_forgotten_makes_room(pool: Miniature, variant: Variant) -> None:
+    with attached(pool, what=small()) as loaded:
+        for _ in range(3):
+            pool.do(crowd("s", 64))
+            assert len(loaded.records()) == room(pool, variant, 64)
+            for record in loaded.records().values():
+                loaded.forget(record)
+            assert loaded.records() == {}
 
 
 @pytest.mark.parametrize("way", ["batches", "one by one"])
-def test_no_record_is_left_out(pool: Miniature, monkeypatch: pytest.MonkeyPatch, way: str) -> None:
-    """Those that stand still are all read, however full the map is."""
+def test_no_record_is_left_out(pool: Miniature, variant: Variant, monkeypatch: pytest.MonkeyPatch, way: str) -> None:
+    """Those that stand still are all read, however full the maps are."""
     if way == "one by one":
-        monkeypatch.setattr(Probes, "_batches", lambda self: None)
-    with attached(pool) as loaded:
-        pool.do(" ".join(f"s{slot}" for slot in range(10240)))
-        assert counts(loaded) == {"submitted": 10240}
-        assert loaded.records().keys() == {pool.element(slot) for slot in range(10240)}
+        monkeypatch.setattr(kernel.Map, "_batches", lambda self: None)
+    slots = range(probes.MAX_REQUESTS)
+    with attached(pool, what=small(set_bits=10, max_requests=probes.MAX_REQUESTS)) as loaded:
+        pool.do(" ".join(f"s{slot}" for slot in slots))
+        assert counts(loaded) == {"submitted": len(slots)}
+        besides = len(list(loaded._programs._maps["overflow"].items()))
+        assert besides == len(slots) - (WAYS << 10 if variant.atomics else 0)
+        assert loaded.records().keys() == {pool.element(slot) for slot in slots}
         assert loaded.records()[pool.element(99)] == loaded.record(pool.element(99))
 
 
-def test_standing_records_are_read_among_others_that_come_and_go(pool: Miniature) -> None:
+def test_standing_records_are_read_among_others_that_come_and_go(pool: Miniature, variant: Variant) -> None:
     """A record that is missed once would be told as resolved."""
-    with attached(pool, max_requests=1024) as loaded:
+    with attached(pool, what=small(set_bits=5, max_requests=1024)) as loaded:
         pool.do(" ".join(f"s{slot} d{slot}" for slot in range(500)))
         standing = {address: loaded.record(address) for address in map(pool.element, range(500))}
         pool.begin("r20000")
@@ -309,14 +455,14 @@ def test_standing_records_are_read_among_others_that_come_and_go(pool: Miniature
         assert loaded.records() == standing
 
 
-def test_figures_never_go_backwards(pool: Miniature) -> None:
+def test_figures_never_go_backwards(pool: Miniature, variant: Variant) -> None:
     """Read while the probes count on, each period's difference is sound."""
     with attached(pool) as loaded:
         pool.begin("r20000")
         before = total(loaded)
         while before.completed < 20000:
             now = total(loaded)
-            for name in probes.COUNTERS:
+            for name in COUNTERS:
                 assert getattr(now, name) >= getattr(before, name)
             for then, later in zip(before.stages, now.stages, strict=True):
                 assert all(b >= a for a, b in zip(then.buckets, later.buckets, strict=True))
@@ -333,7 +479,7 @@ def test_the_maximum_is_in_the_highest_bucket(pool: Miniature) -> None:
 
 
 @pytest.mark.parametrize("options", [("-fno-pie", "-no-pie"), ("-fPIE", "-pie")], ids=["no pie", "pie"])
-def test_fixed_and_position_independent_programs(tmp_path: Path, options: tuple[str, ...]) -> None:
+def test_fixed_and_position_independent_programs(tmp_path: Path, variant: Variant, options: tuple[str, ...]) -> None:
     with Miniature(build(tmp_path, *options)) as pool, attached(pool) as loaded:
         pool.do("r23 s5")
         assert counts(loaded) == {"submitted": 24, "done": 23, "completed": 23}
@@ -350,26 +496,18 @@ def test_a_program_deleted_under_the_process(tmp_path: Path) -> None:
             assert counts(loaded)["completed"] == 23
 
 
-def test_only_the_chosen_process_is_counted(program: Path, pool: Miniature) -> None:
+@in_every_way
+def test_only_the_chosen_process_is_counted(program: Path, pool: Miniature, variant: Variant) -> None:
     with Miniature(program) as other, attached(pool) as loaded:
         other.do("r50")
         pool.do("r23")
         assert counts(loaded)["completed"] == 23
 
 
-def open_kernel_objects() -> int:
-    """How many BPF and perf descriptors this process has."""
-    links = []
-    for name in os.listdir("/proc/self/fd"):
-        try:
-            links.append(os.readlink(f"/proc/self/fd/{name}"))
-        except OSError:
-            continue
-    return sum(1 for link in links if re.search(r"bpf|perf_event", link))
-
-
-def test_nothing_is_left_attached(pool: Miniature) -> None:
+@in_every_way
+def test_nothing_is_left_attached(pool: Miniature, variant: Variant) -> None:
     """The site's own instruction is back, and no descriptor holds anything."""
+    probes._has_multi()
     original, held = pool.site_bytes(), open_kernel_objects()
     with attached(pool):
         probed = pool.site_bytes()
@@ -381,22 +519,20 @@ def test_nothing_is_left_attached(pool: Miniature) -> None:
 
 def test_nothing_is_left_of_probes_that_were_only_loaded(pool: Miniature) -> None:
     held = open_kernel_objects()
-    Probes(pool.pid, list(pool.sites.values()), ELEMENT).close()
+    load(pool).close()
     assert open_kernel_objects() == held
 
 
-def test_a_failed_attachment_takes_the_others_back(pool: Miniature) -> None:
+@in_every_way
+def test_a_failed_attachment_takes_the_others_back(pool: Miniature, variant: Variant) -> None:
     """The submit site is attached last; here it lies outside the file."""
     original, held = pool.site_bytes(), open_kernel_objects()
     nowhere = replace(pool.sites["submit"], address=0x7FFFFFFF0000)
+    loaded = Probes(pool.pid, [nowhere, pool.sites["done"], pool.sites["callback"]], ELEMENT, attaching.PARAMETERS)
     with pytest.raises(ProbeError, match="attach"):
-        attach_to(pool, [nowhere, pool.sites["done"], pool.sites["callback"]])
+        loaded.attach()
     assert pool.site_bytes() == original
     assert open_kernel_objects() == held
-
-
-def attach_to(pool: Miniature, sites: list[Site]) -> None:
-    Probes(pool.pid, sites, ELEMENT).attach()
 
 
 def test_a_program_that_does_not_compile(pool: Miniature) -> None:

@@ -25,7 +25,16 @@ class Trace:
     """`aio-trace --json` on a process; a context manager that ends it."""
 
     def __init__(self, pid: int, *options: str) -> None:
-        command = [sys.executable, str(ROOT / "cli.py"), "--pid", str(pid), "--json", "--interval", "0", *options]
+        self._start([sys.executable, str(ROOT / "cli.py"), "--pid", str(pid), "--json", "--interval", "0", *options])
+
+    @classmethod
+    def of(cls, command: list[str]) -> Self:
+        """Another command that prints events."""
+        made = cls.__new__(cls)
+        made._start(command)
+        return made
+
+    def _start(self, command: list[str]) -> None:
         self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         self.events: list[Json] = []
         self.errors = ""

@@ -1,0 +1,268 @@
+"""Many QEMUs at once: one attachment for an executable, those that come and go, and what it may all cost."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.qemu.test_bad_weather import probed_sites
+from tests.qemu.tracing import PATIENCE_S, ROOT, Trace, traced
+from tracer.budget import Decision
+from tracer.build import read_build
+from tracer.events import Alert, Counts, Event, Resolved, Stepped
+from tracer.lab import faults
+from tracer.lab.qemu import SYSTEM, Qemu, paused
+from tracer.session import SHARED_FROM, Newcomers
+from tracer.target import open_target
+from tracer.watch import ALERT_ONLY, FULL, NONE, Settings, Watch
+
+MANY = SHARED_FROM + 1
+
+
+@pytest.fixture(scope="module")
+def qemus(qemu_host: None) -> Iterator[list[Qemu]]:
+    """More than have probes of their own, and one that is not watched."""
+    with contextlib.ExitStack() as stack:
+        yield [stack.enter_context(paused()) for _ in range(MANY + 1)]
+
+
+def pids_of(qemus: list[Qemu]) -> list[str]:
+    """As options."""
+    return [word for qemu in qemus for word in ("--pid", str(qemu.pid))]
+
+
+class Many(Trace):
+    """A trace of several processes; the first is named by the base class."""
+
+    def __init__(self, qemus: list[Qemu], *options: str) -> None:
+        super().__init__(qemus[0].pid, *pids_of(qemus[1:]), *options)
+        self.attached = {self.expect("attached")["pid"] for _ in qemus}
+
+    def completed(self) -> dict[int, int]:
+        """By process, after finish()."""
+        return {event["pid"]: event["requests"]["completed"] for event in self.named("summary")}
+
+
+def test_each_process_has_its_own_counts(qemus: list[Qemu]) -> None:
+    """Shared probes see every process of the executable; only what is watched is counted, each for itself."""
+    watched, other = qemus[:MANY], qemus[MANY]
+    with Many(watched) as trace:
+        assert trace.attached == {qemu.pid for qemu in watched}
+        assert len(probed_sites(other)) == 3
+        for number, qemu in enumerate([*watched, other]):
+            for _ in range(number + 1):
+                qemu.request("d0", "write")
+        assert trace.finish() == 0
+    assert trace.completed() == {qemu.pid: number + 1 for number, qemu in enumerate(watched)}
+    for event in trace.named("summary"):
+        assert event["requests"]["submitted"] == event["requests"]["done"] == event["requests"]["completed"]
+        assert (event["requests"]["in_flight"], event["lost_records"]) == (0, 0)
+    assert [probed_sites(qemu) for qemu in qemus] == [[]] * len(qemus)
+
+
+def test_few_processes_leave_the_others_alone(qemus: list[Qemu]) -> None:
+    watched, other = qemus[:SHARED_FROM], qemus[MANY]
+    with Many(watched) as trace:
+        assert probed_sites(other) == []
+        for qemu in watched:
+            qemu.request("d0", "flush")
+        assert trace.finish() == 0
+    assert trace.completed() == {qemu.pid: 1 for qemu in watched}
+
+
+def test_a_lost_completion_among_many(qemus: list[Qemu]) -> None:
+    """The alert names the process; the others go on."""
+    watched = qemus[:MANY]
+    with Many(watched, "--deadline", "300ms") as trace:
+        lost = faults.lose(watched[2], "d0", "write")
+        alert = trace.expect("alert")
+        assert (alert["pid"], alert["cause"]) == (watched[2].pid, "lost-wakeup")
+        assert int(alert["request"], 16) == lost.request
+        assert 0 <= alert["overdue_s"] <= 0.1
+        watched[3].request("d0", "read")
+        lost.free()
+        assert trace.expect("resolved")["pid"] == watched[2].pid
+        assert trace.finish() == 3
+    assert [event["pid"] for event in trace.named("alert")] == [watched[2].pid]
+
+
+def test_one_of_many_ends(qemus: list[Qemu]) -> None:
+    with contextlib.ExitStack() as stack:
+        watched = [stack.enter_context(paused()), *qemus[:MANY]]
+        with Many(watched) as trace:
+            os.kill(watched[0].pid, signal.SIGKILL)
+            assert trace.expect("ended")["pid"] == watched[0].pid
+            watched[1].request("d0", "write")
+            assert trace.finish() == 0
+        assert trace.completed()[watched[1].pid] == 1
+
+
+def test_those_that_start_later_are_followed_too(qemus: list[Qemu]) -> None:
+    """--all: a QEMU that comes is traced as soon as it is seen, one that goes has its summary."""
+    command = [sys.executable, str(ROOT / "cli.py"), "--all", "--json", "--deadline", "300ms", "--interval", "0"]
+    with Trace.of(command) as trace:
+        while trace.expect("attached")["pid"] != qemus[MANY].pid:
+            pass
+        with paused() as late:
+            while trace.expect("attached")["pid"] != late.pid:
+                pass
+            lost = faults.lose(late, "d0", "write")
+            while (alert := trace.expect("alert"))["pid"] != late.pid:
+                pass
+            assert alert["cause"] == "lost-wakeup"
+            lost.free()
+        while trace.expect("ended")["pid"] != late.pid:
+            pass
+        assert trace.finish() == 3
+
+
+def test_what_starts_a_qemu_is_another_program_first(tmp_path: Path) -> None:
+    """libvirt forks, and the child becomes QEMU some time later."""
+    program = tmp_path / SYSTEM
+    program.symlink_to("/bin/sleep")
+    real = tmp_path / "bin" / SYSTEM
+    real.parent.mkdir()
+    real.write_bytes(Path("/bin/sleep").read_bytes())
+    real.chmod(0o755)
+    known = Newcomers([])
+    known.look()
+    shell = subprocess.Popen(["/bin/sh", "-c", f"read x; exec {real} 60"], stdin=subprocess.PIPE)
+    try:
+        assert shell.pid not in known.look()
+        assert shell.stdin
+        shell.stdin.write(b"\n")
+        shell.stdin.flush()
+        while os.readlink(f"/proc/{shell.pid}/exe") != str(real):
+            time.sleep(0.01)
+        assert shell.pid in known.look()
+        assert shell.pid not in known.look()
+    finally:
+        shell.kill()
+        shell.communicate()
+
+
+# What the probes may cost
+
+
+class InProcess:
+    """A watch that the test steps by hand."""
+
+    def __init__(self, qemu: Qemu, deadline_s: float = 0.2) -> None:
+        self.events: list[Event] = []
+        target = open_target(qemu.pid)
+        build = read_build(target.image_path, target.exe)
+        self.watch = Watch(target, build, Settings(deadline_s=deadline_s, budget=10.0), self.events.append)
+        self.watch.attach(time.monotonic())
+
+    def step(self, mode: str) -> None:
+        """As the budget decides."""
+        self.watch._step(Decision(mode, 0.5))
+
+    def named(self, kind: type[Event]) -> list[Event]:
+        return [event for event in self.events if isinstance(event, kind)]
+
+    def until(self, kind: type[Event]) -> Event:
+        """Scan as the session does, until there is such an event."""
+        end = time.monotonic() + PATIENCE_S
+        while not self.named(kind):
+            assert time.monotonic() < end, self.events
+            time.sleep(max(0.0, min(self.watch.next_scan - time.monotonic(), 0.5)))
+            self.watch.scan()
+        return self.named(kind)[-1]
+
+
+@pytest.fixture
+def stepped(paused_qemu: Qemu) -> Iterator[InProcess]:
+    made = InProcess(paused_qemu)
+    try:
+        yield made
+    finally:
+        made.watch.close()
+
+
+def test_stepping_takes_probes_away_and_puts_them_back(paused_qemu: Qemu, stepped: InProcess) -> None:
+    seen = []
+    for mode in (ALERT_ONLY, NONE, ALERT_ONLY, FULL):
+        stepped.step(mode)
+        seen.append(len(probed_sites(paused_qemu)))
+    assert seen == [2, 0, 2, 3]
+    assert [event.mode for event in stepped.named(Stepped)] == ["alert", "none", "alert", "full"]  # type: ignore[attr-defined]
+
+
+def test_counts_of_what_was_probed(paused_qemu: Qemu, stepped: InProcess) -> None:
+    """2 with all probes, 3 with two, 4 with none, 5 with all: the 4 were not seen, and that is said."""
+    for mode, number in ((FULL, 2), (ALERT_ONLY, 3), (NONE, 4), (FULL, 5)):
+        if mode != FULL or number == 5:
+            stepped.step(mode)
+        for _ in range(number):
+            paused_qemu.request("d0", "write")
+    stepped.watch.counts(final=True)
+    (counts,) = stepped.named(Counts)
+    assert isinstance(counts, Counts)
+    requests = counts.requests
+    assert (requests.submitted, requests.done, requests.completed) == (10, 10, 10)
+    assert (requests.in_flight, counts.lost_records) == (0, 0)
+    assert any("budget" in note for note in counts.notes)
+
+
+@pytest.mark.parametrize("mode", [ALERT_ONLY, NONE])
+def test_a_stuck_request_is_told_once_through_all_steps(paused_qemu: Qemu, stepped: InProcess, mode: str) -> None:
+    """Lost with all probes, told; the budget takes some away and gives them back: not told again, but its end is."""
+    lost = faults.lose(paused_qemu, "d0", "write")
+    stepped.until(Alert)
+    for each in (mode, FULL):
+        stepped.step(each)
+        for _ in range(3):
+            time.sleep(0.1)
+            stepped.watch.scan()
+    assert len(stepped.named(Alert)) == 1
+    assert stepped.named(Resolved) == []
+    lost.free()
+    stepped.until(Resolved)
+
+
+@pytest.mark.parametrize("mode", [ALERT_ONLY, NONE])
+def test_lost_after_a_step(paused_qemu: Qemu, stepped: InProcess, mode: str) -> None:
+    stepped.step(mode)
+    lost = faults.lose(paused_qemu, "d0", "write")
+    alert = stepped.until(Alert)
+    assert isinstance(alert, Alert)
+    assert (alert.cause, alert.request) == ("lost-wakeup", lost.request)
+    lost.free()
+    stepped.until(Resolved)
+
+
+@pytest.fixture
+def busy_disk(tmp_path: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """A process that does requests as quickly as it can."""
+    image = tmp_path / "disk.img"
+    image.write_bytes(bytes(1 << 20))
+    command = ["qemu-img", "bench", "-f", "raw", "-i", "threads", "-d", "8", "-c", "100000000", str(image)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+
+
+@pytest.mark.parametrize("budget", ["0.1%", "none"])
+def test_a_budget_that_is_exceeded(busy_disk: subprocess.Popen[bytes], budget: str) -> None:
+    """It says so and uses fewer probes; without a budget nothing is said."""
+    with traced(busy_disk.pid, "--budget", budget, "--deadline", "500ms") as trace:
+        if budget == "none":
+            time.sleep(8.0)
+        else:
+            event = trace.expect("budget")
+            assert (event["from"], event["to"], event["budget_percent"]) == ("full", "none", 0.1)
+            assert event["cost_percent"] > 0.1
+        trace.finish()
+    assert len(trace.named("budget")) == (0 if budget == "none" else 1)
