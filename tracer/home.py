@@ -28,6 +28,8 @@ SLICES = 20
 MAX_POLL_SET = 65536
 #: Names of threads that run no context, where QEMU names its threads (-name debug-threads=on).
 NOT_HOME = re.compile(r"^(worker|CPU )")
+#: The same of threads that do no request.
+NOT_WORKER = re.compile(r"^(IO |CPU )")
 
 
 @dataclass(frozen=True)

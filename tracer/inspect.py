@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 import shlex
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
@@ -60,6 +60,7 @@ class _Snapshot:
     look: Look
     switches: int | None
     threads: tuple[Thread, ...]
+    arguments: Mapping[int, bytes]  # of the finished requests: what `arg` points to
 
 
 @dataclass(frozen=True)
@@ -94,9 +95,33 @@ def diagnose(view: ProcessView, build: Build, patience_s: float = PATIENCE_S, be
     return _Inspection(view, load(view, build)).run(0.0 if view.core else patience_s, started)
 
 
-def stuck(view: ProcessView, loaded: Loaded, pools: Sequence[Pool], patience_s: float = PATIENCE_S) -> set[int]:
-    """The addresses of the requests in `pools` that provably do not go on for `patience_s`."""
+@dataclass(frozen=True)
+class Stuck:
+    """The addresses of the requests that read the same at every look, and of those that provably do not go on."""
+
+    alike: set[int]
+    proved: set[int]
+
+
+def stuck(view: ProcessView, loaded: Loaded, pools: Sequence[Pool], patience_s: float = PATIENCE_S) -> Stuck:
+    """The requests in `pools` that do not go on for `patience_s`."""
     return _Inspection(view, loaded).accused(pools, patience_s)
+
+
+def workers_asleep_s(view: ProcessView, loaded: Loaded) -> float:
+    """How long no worker has run, in seconds, 0 where not known: what is finished has been so for as long.
+
+    Whoever finished it has run then, and may have begun another request since.
+    """
+    regions = view.regions()
+    slept = []
+    for thread in view.threads():
+        if thread.syscall is None and not home.NOT_WORKER.match(thread.name):
+            return 0.0
+        if home.is_worker(view, regions, thread, loaded.worker_code):
+            asleep = view.asleep_s(thread.tid)
+            slept.append(asleep or 0.0)
+    return min(slept, default=0.0)
 
 
 class _Inspection:
@@ -108,6 +133,7 @@ class _Inspection:
         self._code = code_regions(view)
         self._is_core = view.core is not None
         self._watched_s = 0.0
+        self._workers_asleep: float | None = None
 
     def run(self, patience_s: float, started: float) -> Diagnosis:
         found = self._reader.find(self._view.heap_chunks())
@@ -137,13 +163,10 @@ class _Inspection:
             time.monotonic() - started,
         )
 
-    def accused(self, found: Sequence[Pool], patience_s: float) -> set[int]:
-        return {
-            request.address
-            for watched in self._watch(found, patience_s)
-            for request in _persistent(watched)
-            if self._accuse(watched, request, self._looker.operation(request))
-        }
+    def accused(self, found: Sequence[Pool], patience_s: float) -> Stuck:
+        alike = [(watched, request) for watched in self._watch(found, patience_s) for request in _persistent(watched)]
+        proved = [r for watched, r in alike if self._accuse(watched, r, self._looker.operation(r))]
+        return Stuck({request.address for _, request in alike}, {request.address for request in proved})
 
     # -- looks --------------------------------------------------------------------------------------
 
@@ -174,7 +197,14 @@ class _Inspection:
             if listed.torn is None or self._is_core:
                 break
         threads = tuple(self._view.threads()) if any(_waits(r) for r in listed.requests) else ()
-        return _Snapshot(listed, look, _slept(before, after, again), threads)
+        return _Snapshot(listed, look, _slept(before, after, again), threads, self._arguments(listed))
+
+    def _arguments(self, listed: RequestList) -> dict[int, bytes]:
+        """What finished requests were about: it stays as it is until the callback."""
+        if self._is_core:
+            return {}
+        finished = (request for request in listed.requests if request.state == RequestState.THREAD_DONE)
+        return {request.address: posix_aio.read_raw(self._view.memory, request.arg) for request in finished}
 
     # -- one pool -----------------------------------------------------------------------------------
 
@@ -281,7 +311,9 @@ class _Inspection:
         verdict = judge(facts)
         if verdict.cause == LOST_WAKEUP and not _nobody_told(watched):
             return None
-        asleep = self._idle_workers_asleep(watched)
+        if self._workers_asleep is None:
+            self._workers_asleep = self._idle_workers_asleep()
+        asleep = self._workers_asleep
         return replace(facts, age_s=max(facts.age_s, asleep)), verdict if not asleep else judge(
             replace(facts, age_s=max(facts.age_s, asleep))
         )
@@ -316,7 +348,7 @@ class _Inspection:
         workers = [t for t in watched.last.threads if t.syscall and t.syscall.name in home.WORK_SYSCALLS]
         return bool(workers) and all(_unmoved(watched.snapshots, thread.tid) for thread in workers)
 
-    def _idle_workers_asleep(self, watched: _Watched) -> float:
+    def _idle_workers_asleep(self) -> float:
         """The shortest sleep of the idle workers: whoever finished a request now found has slept since."""
         regions = self._regions()
         idle = [
@@ -414,21 +446,27 @@ def _slept(*threads: Thread | None) -> int | None:
 
 
 def _persistent(watched: _Watched) -> list[Request]:
-    """The requests that read the same at every look, with none behind them that was not there before.
+    """The requests that read the same at every look, as far as the whole list shows that.
 
     QEMU gives a finished request's memory to the next one at once, and puts that at the list's head: one
-    that overtook another is not the same.
+    that overtook another is not the same. Only the completion bottom half takes requests off the list, and
+    it takes all that are finished: while one stays, none leaves.
     """
-    lists = [snapshot.listed for snapshot in watched.whole] or [watched.last.listed]
-    behind: list[dict[int, set[int]]] = []
-    for listed in lists:
-        addresses = [request.address for request in listed.requests]
-        behind.append({address: set(addresses[at + 1 :]) for at, address in enumerate(addresses)})
-    first = {request.address: request for request in lists[0].requests}
+    whole = watched.whole or (watched.last,)
+    last = whole[-1].listed
+    kept = all(_grew(then.listed, now.listed) for then, now in pairwise(whole))
+    stands_still = kept and 2 * len(whole) > len(watched.snapshots)
+    behind = [_behind(snapshot.listed) for snapshot in whole]
     found = []
-    for request in lists[-1].requests:
-        known = first.get(request.address)
-        if known is None or _never_overdue(request) or not all(_same_in(request, listed) for listed in lists):
+    for request in last.requests:
+        if _never_overdue(request) or not all(_same_in(request, whole[-1], snapshot) for snapshot in whole):
+            continue
+        if request.state == RequestState.THREAD_DONE:
+            if stands_still:
+                found.append(request)
+            continue
+        # An active one among others that come and go is proved by its worker.
+        if request.state == RequestState.THREAD_QUEUED and len(whole) < min(2, len(watched.snapshots)):
             continue
         sets = [places[request.address] for places in behind]
         if all(later <= earlier for earlier, later in pairwise(sets)):
@@ -436,8 +474,22 @@ def _persistent(watched: _Watched) -> list[Request]:
     return found
 
 
-def _same_in(request: Request, listed: RequestList) -> bool:
-    return any(_identity(other) == _identity(request) for other in listed.requests)
+def _behind(listed: RequestList) -> dict[int, set[int]]:
+    """For each request, those that were there before it."""
+    addresses = [request.address for request in listed.requests]
+    return {address: set(addresses[at + 1 :]) for at, address in enumerate(addresses)}
+
+
+def _grew(then: RequestList, now: RequestList) -> bool:
+    """Whether no request left the list: what was there is its end still, in the same order."""
+    earlier, later = ([request.address for request in listed.requests] for listed in (then, now))
+    return later[len(later) - len(earlier) :] == earlier if len(later) >= len(earlier) else False
+
+
+def _same_in(request: Request, last: _Snapshot, snapshot: _Snapshot) -> bool:
+    if snapshot.arguments.get(request.address) != last.arguments.get(request.address):
+        return False
+    return any(_identity(other) == _identity(request) for other in snapshot.listed.requests)
 
 
 def _identity(request: Request) -> tuple[int, ...]:

@@ -153,7 +153,8 @@ class LiveView:
 
     def asleep_s(self, tid: int) -> float | None:
         """How long the thread has not run, by the scheduler's clock; None where /proc does not tell."""
-        own, theirs = _last_ran_ms("/proc/self/sched"), _last_ran_ms(f"/proc/{self.pid}/task/{tid}/sched")
+        cpu, theirs = self.target.last_cpu(tid), _last_ran_ms(f"/proc/{self.pid}/task/{tid}/sched")
+        own = _now_ms(cpu) if cpu is not None and theirs is not None else None
         if own is None or theirs is None:
             return None
         return max(0.0, own - theirs) / 1e3
@@ -163,6 +164,22 @@ class LiveView:
         if self._unwinder is not None:
             self._unwinder.close()
         self.memory.close()
+
+
+def _now_ms(cpu: int) -> float | None:
+    """That CPU's clock of the scheduler, a moment ago: each has one of its own, and they drift apart.
+
+    A thread that runs on it shows it; that is this one then.
+    """
+    allowed = os.sched_getaffinity(0)
+    try:
+        os.sched_setaffinity(0, {cpu})
+    except OSError:
+        return None
+    try:
+        return _last_ran_ms("/proc/thread-self/sched")
+    finally:
+        os.sched_setaffinity(0, allowed)
 
 
 def _last_ran_ms(path: str) -> float | None:

@@ -208,6 +208,16 @@ class PoolReader:
                 return listed
         return RequestList(tuple(found.values()), listed.torn)
 
+    def linked(self, pool: Pool, address: int) -> Request | None:
+        """The request at `address` if it is one of the pool's and what stands before it on the list points at it."""
+        try:
+            request = self.request(address)
+            if request.pool != pool.address or read_u64(self._memory, request.prev) != address:
+                return None
+        except (FaultError, LayoutError):
+            return None
+        return request
+
     def holds(self, pool: Pool, address: int) -> bool | None:
         """Whether the element is on the pool's list; None when that could not be read to the end."""
         for _ in range(WALKS):

@@ -76,6 +76,7 @@ SINCE_4_0 = Order(kind=8, fd=12, offset=16, size=24)
 #: Before: bs, aio_fildes, iov or buffer, aio_niov, aio_nbytes, aio_offset, aio_type.
 UP_TO_3_1 = Order(kind=48, fd=8, offset=40, size=32)
 ORDERS = (SINCE_4_0, UP_TO_3_1)
+RAW_SIZE = max(order.end for order in ORDERS)
 
 
 @dataclass(frozen=True)
@@ -106,6 +107,14 @@ def read_operation(view: ProcessView, arg: int, func: int = 0, first: Order = SI
         if found is not None and KIND_OF_FUNCTION.get(function or "", found.kind) == found.kind:
             return found
     return Operation(KIND_OF_FUNCTION.get(function or ""))
+
+
+def read_raw(memory: MemoryReader, arg: int) -> bytes:
+    """The bytes that tell one operation from another, in either order; none where they cannot be read."""
+    try:
+        return memory.read(arg, RAW_SIZE)
+    except FaultError:
+        return b""
 
 
 def _read(view: ProcessView, arg: int, order: Order) -> Operation | None:

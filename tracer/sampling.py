@@ -1,65 +1,175 @@
 """Requests followed by looking at memory again and again, for a trace without probes.
 
-Knows: that a request may be the same one when address, function, argument and opaque are; a later one
-looks the same, too, if QEMU gave it the same memory: before anybody is told, tracer/inspect must prove it.
-Requests that come and go between two samples are not seen; ages count from the first look that saw the
-state. Does not know what is late.
+Knows: when two looks may have seen the same request. QEMU gives a finished request's memory to the next one
+at once, so addresses alone tell nothing; what tells is what a request is about, who was there before it, and
+that no finished request stays while the completion bottom half takes others off the list. All of that is in
+two looks at any distance, so a look may be rare. Before anybody is told, tracer/inspect must prove it still.
+Requests that come and go between two looks are not seen; ages count from the first look that saw the state.
+Does not know what is late.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
+from tracer.errors import FaultError, LayoutError
 from tracer.layout import RequestState
 from tracer.maps import FLAG_BEFORE, FLAG_NO_CALLBACK, Record
+from tracer.memory import MemoryReader
 from tracer.pools import Pool, PoolReader, Request
+from tracer.posix_aio import read_raw
+
+#: A list that is torn is walked once more; then what was known before is looked up by its address.
+WALKS = 2
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """A request at one look; `not_before_ns` is the last look at which it was not in its state yet."""
+
+    request: Request
+    about: bytes
+    record: Record
+    not_before_ns: int
+
+
+@dataclass
+class _Look:
+    """One pool at one look: its requests, newest first; `whole` if that is the whole list."""
+
+    seen: dict[int, _Seen] = field(default_factory=dict)
+    whole: bool = True
+    at_ns: int = 0
+
+    def places(self) -> dict[int, int]:
+        """The place of each request on the list."""
+        return {address: place for place, address in enumerate(self.seen)}
 
 
 @dataclass
 class MemorySampler:
     """Gives the records that the probes would give, from samples of the pools' lists."""
 
+    memory: MemoryReader
     reader: PoolReader
     pools: list[Pool]
-    _records: dict[int, tuple[Request, Record]] = field(default_factory=dict)
+    last_ns: int = 0
+    _looks: dict[int, _Look] = field(default_factory=dict)
 
     def sample(self, now_ns: int) -> None:
-        """Read all pools; `now_ns` is CLOCK_MONOTONIC."""
-        fresh: dict[int, tuple[Request, Record]] = {}
-        for pool in self.pools:
-            listed = self.reader.patient_requests(pool)
-            for request in listed.requests:
-                fresh[request.address] = (request, self._follow(request, now_ns))
-            if listed.torn is not None:
-                # What could not be read is not gone for that.
-                fresh = {a: known for a, known in self._records.items() if known[0].pool == pool.address} | fresh
-        self._records = fresh
+        """Read all pools; `now_ns` is CLOCK_MONOTONIC. A pool that is none any more is left out from now on."""
+        looks = {}
+        for pool in list(self.pools):
+            before = self._looks.get(pool.address, _Look(at_ns=now_ns))
+            requests, whole = self._requests(pool, before)
+            if not whole and not self._is_pool(pool):
+                self.pools.remove(pool)
+                continue
+            looks[pool.address] = self._compared(before, requests, whole, now_ns)
+        self._looks, self.last_ns = looks, now_ns
 
-    def _follow(self, request: Request, now_ns: int) -> Record:
-        known = self._records.get(request.address)
-        done = request.state == RequestState.THREAD_DONE
-        if known is None or not _same(known[0], request):
-            return Record(request.address, now_ns, now_ns if done else 0, "other", self._flags(request))
-        record = known[1]
-        if done and not record.done_ns:
-            return Record(request.address, record.submit_ns, now_ns, record.kind, record.flags)
-        return record
+    def _is_pool(self, pool: Pool) -> bool:
+        try:
+            return self.reader.pool(pool.address) == pool
+        except (FaultError, LayoutError):
+            return False
 
-    def _flags(self, request: Request) -> int:
-        return FLAG_BEFORE if request.callback else FLAG_BEFORE | FLAG_NO_CALLBACK
+    def _requests(self, pool: Pool, before: _Look) -> tuple[list[Request], bool]:
+        """The pool's requests, and whether they are all. What could not be read is not gone for that."""
+        for _ in range(WALKS):
+            listed = self.reader.requests(pool)
+            if listed.torn is None:
+                return list(listed.requests), True
+        found = {request.address for request in listed.requests}
+        others = (self.reader.linked(pool, address) for address in before.seen if address not in found)
+        return [*listed.requests, *(request for request in others if request is not None)], False
+
+    def _compared(self, before: _Look, requests: list[Request], whole: bool, now_ns: int) -> _Look:
+        """This look, with what the last one knew of the same requests."""
+        places = before.places()
+        look = _Look({}, whole, now_ns)
+        same = set()
+        for request in requests:
+            about = read_raw(self.memory, request.arg)
+            then = before.seen.get(request.address)
+            if then is not None and _same(then, request, about) and not _overtook(request, places, before.whole):
+                same.add(request.address)
+                look.seen[request.address] = _gone_on(then, request, before.at_ns, now_ns)
+            else:
+                look.seen[request.address] = _new(request, about, before.at_ns, now_ns)
+        if _moved(before, look, same):
+            _restart_finished(look, before.at_ns)
+        return look
 
     def restart(self, request: int, now_ns: int) -> None:
         """What looked like one request was several: count its ages from now on."""
-        if request in self._records:
-            seen, record = self._records[request]
-            self._records[request] = (seen, replace(record, submit_ns=now_ns, done_ns=now_ns if record.done_ns else 0))
+        for look in self._looks.values():
+            if request in look.seen:
+                look.seen[request] = _restarted(look.seen[request], now_ns, now_ns)
+
+    def finished_by(self, request: int, done_ns: int) -> None:
+        """A finished request was so at `done_ns` already; believed back to the look that saw it unfinished."""
+        for look in self._looks.values():
+            seen = look.seen.get(request)
+            if seen is not None and seen.record.done_ns:
+                done_ns = min(seen.record.done_ns, max(done_ns, seen.not_before_ns))
+                submit_ns = min(seen.record.submit_ns, done_ns)
+                look.seen[request] = replace(seen, record=replace(seen.record, submit_ns=submit_ns, done_ns=done_ns))
+
+    def pools_of(self, requests: set[int]) -> list[Pool]:
+        """The pools that any of these requests was last seen in."""
+        return [pool for pool in self.pools if requests & self._looks.get(pool.address, _Look()).seen.keys()]
 
     def records(self) -> dict[int, Record]:
         """The requests of the last sample, by address."""
-        return {address: record for address, (_, record) in self._records.items()}
+        return {address: seen.record for look in self._looks.values() for address, seen in look.seen.items()}
 
 
-def _same(then: Request, now: Request) -> bool:
-    if then.state == RequestState.THREAD_DONE and now.state != RequestState.THREAD_DONE:
+def _new(request: Request, about: bytes, before_ns: int, now_ns: int) -> _Seen:
+    flags = FLAG_BEFORE if request.callback else FLAG_BEFORE | FLAG_NO_CALLBACK
+    done = request.state == RequestState.THREAD_DONE
+    return _Seen(request, about, Record(request.address, now_ns, now_ns if done else 0, "other", flags), before_ns)
+
+
+def _gone_on(then: _Seen, request: Request, before_ns: int, now_ns: int) -> _Seen:
+    """The same request, perhaps finished meanwhile."""
+    if request.state == RequestState.THREAD_DONE and not then.record.done_ns:
+        return _Seen(request, then.about, replace(then.record, done_ns=now_ns), before_ns)
+    return replace(then, request=request)
+
+
+def _same(then: _Seen, now: Request, about: bytes) -> bool:
+    """Whether a request at the same address may be the same one: it goes on, never back."""
+    if then.request.state > now.state or then.about != about:
         return False
-    return (then.func, then.arg, then.opaque, then.callback) == (now.func, now.arg, now.opaque, now.callback)
+    return _identity(then.request) == _identity(now)
+
+
+def _identity(request: Request) -> tuple[int, ...]:
+    return (request.func, request.arg, request.callback, request.opaque)
+
+
+def _overtook(request: Request, places: dict[int, int], whole: bool) -> bool:
+    """Whether what stands behind a request was not there behind it at the last look."""
+    if not whole or not request.next:
+        return False
+    return places.get(request.next, -1) <= places[request.address]
+
+
+def _moved(before: _Look, look: _Look, same: set[int]) -> bool:
+    """Whether any request left the list since the last look: all that were finished did so then."""
+    return any(
+        address not in same or look.seen[address].request.next != then.request.next
+        for address, then in before.seen.items()
+    )
+
+
+def _restart_finished(look: _Look, before_ns: int) -> None:
+    for address, seen in look.seen.items():
+        if seen.record.done_ns:
+            look.seen[address] = _restarted(seen, look.at_ns, before_ns)
+
+
+def _restarted(seen: _Seen, now_ns: int, before_ns: int) -> _Seen:
+    done_ns = now_ns if seen.record.done_ns else 0
+    return replace(seen, record=replace(seen.record, submit_ns=now_ns, done_ns=done_ns), not_before_ns=before_ns)

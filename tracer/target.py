@@ -51,6 +51,7 @@ RESTART_SYSCALL = 219
 _FUTEX_WAIT_BITSET = (0x89, 0x189)
 _MATCH_ANY = 0xFFFFFFFF
 _MAX_POLL_SET = 65536
+LAST_CPU = 36  # proc(5): /proc/PID/stat's 39th field; here they count from the third
 PAGE_ZERO = 4096  # no address is below it
 
 #: System calls whose first argument is a file descriptor worth naming.
@@ -219,13 +220,23 @@ class Target:
             tid, name, fields[0], self._syscall(tid), int(found[1]) if found else 0, *_schedule(self.pid, tid)
         )
 
-    def threads(self) -> list[Thread]:
-        """All threads now, the main thread first."""
+    def last_cpu(self, tid: int) -> int | None:
+        """The CPU that the thread runs on or ran on last, or None when it is gone."""
         try:
-            tids = sorted(int(name) for name in os.listdir(f"/proc/{self.pid}/task"))
+            return int(_stat_fields(self.pid, tid)[1][LAST_CPU])
+        except (OSError, ValueError, IndexError):
+            return None
+
+    def tids(self) -> list[int]:
+        """The numbers of all threads now, in order."""
+        try:
+            return sorted(int(name) for name in os.listdir(f"/proc/{self.pid}/task"))
         except OSError:
             return []
-        return [thread for tid in tids if (thread := self.thread(tid)) is not None]
+
+    def threads(self) -> list[Thread]:
+        """All threads now, the main thread first."""
+        return [thread for tid in self.tids() if (thread := self.thread(tid)) is not None]
 
     def _syscall(self, tid: int) -> SystemCall | None:
         try:

@@ -26,7 +26,7 @@ from tracer.events import (
     Stepped,
     TargetEnded,
 )
-from tracer.inspect import stuck
+from tracer.inspect import PATIENCE_S, stuck, workers_asleep_s
 from tracer.layout import RequestState
 from tracer.live import LiveView
 from tracer.looking import Finding, Looker
@@ -44,10 +44,16 @@ MODES: dict[str, tuple[str, ...]] = {FULL: SITE_NAMES, ALERT_ONLY: (DONE, CALLBA
 
 #: While a request is late, how often to see whether it went on; seconds.
 RESOLVE_S = 0.05
-#: Without probes, how often new pools are searched for, and while there is none; seconds.
-SEARCH_S, SEARCH_FIRST_S = 10.0, 1.0
-#: Without probes, how long a proof of what is stuck counts; seconds.
-PROVED_S = 0.5
+#: Without probes, how often memory is sampled: so many times in a deadline, in seconds at most and at least.
+SAMPLES, SAMPLE_S, SAMPLE_MIN_S = 4, 1.0, 0.01
+#: Without probes, how often new pools are searched for, and how soon after the last time if there are new
+#: threads, which a new pool always brings; seconds.
+SEARCH_S, SEARCH_SOON_S = 60.0, 1.0
+#: So much of the time goes into that at most, with a pool and without.
+SEARCH_SHARE, SEARCH_SHARE_FIRST = 1 / 400, 1 / 20
+#: Without probes, how long before the deadline a request is to be proved stuck, besides the time between two
+#: samples, by which it may be older than it looks; and the pause after a proof that failed; seconds.
+PROOF_S, FAILED_S = PATIENCE_S + 0.05, 0.25
 #: A scan a little after the deadline sees the request as overdue; seconds.
 MARGIN_S = 0.002
 
@@ -105,8 +111,8 @@ class Watch:
         self._loaded = load(self._view, build)
         self._reader = self._loaded.reader
         self._looker = Looker(self._view, self._loaded)
-        self._stuck: set[int] = set()
-        self._proved_at = self._next_search = 0.0
+        self._proved: dict[int, Record] = {}
+        self._next_proof = 0.0
         self._probes: probes.Probes | None = None
         self._sampler: MemorySampler | None = None
         self._alerted: dict[int, _Alerted] = {}
@@ -124,7 +130,9 @@ class Watch:
         self._stepped = self._stepped_in_period = False
         self.alerts = 0
         self.next_scan = self._began
-        self._next_search = self._began
+        self._tids: set[int] = set()
+        self._new_threads = False
+        self._search_soon = self._search_latest = self._began
 
     def _make_spending(self, price: HitPrice) -> Spending | None:
         if not self._settings.budget or self._mode == NONE:
@@ -149,10 +157,11 @@ class Watch:
             self._probes = probes.Probes(self.target.pid, sites, element, what, programs)
             self.target.check_alive()
             self._probes.attach()
+        self._tids = set(self.target.tids())
         pools = self._reader.find(self._view.heap_chunks())
         in_flight = self._adopt(pools)
         now = time.monotonic()
-        self._next_search = now + SEARCH_S
+        self._search_soon, self._search_latest = now + SEARCH_SOON_S, now + SEARCH_S
         self._began = self._period_start = self._last_scan = now
         self._plan(now, {})
         self._emit(
@@ -182,7 +191,7 @@ class Watch:
     def _adopt(self, pools: list[Pool]) -> int:
         """Follow what is in the pools already; how many requests that were."""
         if self._probes is None or self._mode == NONE:
-            self._sampler = MemorySampler(self._reader, pools)
+            self._sampler = MemorySampler(self._view.memory, self._reader, pools)
             self._sampler.sample(time.monotonic_ns())
             return len(self._sampler.records())
         self._sampler = None
@@ -250,6 +259,8 @@ class Watch:
         """Look for late requests and for late ones that went on; plans the next scan."""
         now = time.monotonic()
         records = self._records()
+        if self._mode == NONE:
+            now = time.monotonic()  # a proof takes its time
         self._resolve(records, now)
         for record in records.values():
             limit = self._limit_of(record)
@@ -266,7 +277,7 @@ class Watch:
         if self._sampler is not None:
             self._find_pools(time.monotonic())
             self._sampler.sample(time.monotonic_ns())
-            return self._sampler.records()
+            return self._prove(self._sampler)
         return {}
 
     def _limit_of(self, record: Record) -> float | None:
@@ -285,12 +296,16 @@ class Watch:
         if self._settings.slow_s:
             due = min(due, now + self._settings.slow_s)
         if self._mode == NONE:
-            due = min(due, now + max(self._settings.deadline_s / 4, 0.01))
+            due = min(due, now + self._sample_s)
         if self._spending is not None:
             due = min(due, max(self._spending.due(), now))
         for record in records.values():
             limit = self._limit_of(record)
-            if limit is not None and record.request not in self._alerted:
+            if limit is None or record.request in self._alerted:
+                continue
+            if self._mode == NONE:
+                due = min([due, *(moment for moment in (limit - PROOF_S - self._sample_s, limit) if moment > now)])
+            else:
                 due = min(due, limit)
         if self._alerted:
             due = min(due, now + RESOLVE_S)
@@ -313,9 +328,10 @@ class Watch:
     def _consider(self, record: Record, now: float) -> None:
         """An overdue record: believe memory, not the record, then judge and tell."""
         known = self._alerted.get(record.request)
-        if known and now - known.judged < max(self._settings.deadline_s, 1.0):
+        if self._judged_lately(record):
             return
-        if self._mode == NONE and not self._proved(record):
+        # One proof serves one judgement.
+        if self._mode == NONE and self._proved.pop(record.request, None) != record:
             return
         since = record.done_ns or record.submit_ns
         finding = self._looker.look(record.request, now - since / 1e9)
@@ -333,24 +349,67 @@ class Watch:
             return True
         return self._probes.record(record.request) == record
 
-    def _proved(self, record: Record) -> bool:
-        """Without probes: whether it is one request that does not go on, not several that look the same."""
-        if self._sampler is None:
+    def _prove(self, sampler: MemorySampler) -> dict[int, Record]:
+        """Without probes: the records; one late soon is proved to be one request that does not go on, or restarted."""
+        now = time.monotonic()
+        records = sampler.records()
+        self._proved = {address: record for address, record in self._proved.items() if records.get(address) == record}
+        suspects = {address: record for address, record in records.items() if self._suspicious(sampler, record, now)}
+        if not suspects or now < self._next_proof:
+            return records
+        left = min(self._limit_of(record) or now for record in suspects.values()) - now - self._sample_s
+        patience_s = min(PATIENCE_S, max(left, PATIENCE_S / 2))
+        seen = stuck(self._view, self._loaded, sampler.pools_of(set(suspects)), patience_s)
+        found = seen.proved & suspects.keys()
+        self._date(sampler, [suspects[address] for address in found])
+        for address in suspects.keys() - found:
+            # A finished one that nothing contradicts may be proved at the next try, as where the host is overloaded.
+            if address not in seen.alike or not suspects[address].done_ns:
+                sampler.restart(address, time.monotonic_ns())
+        self._proved |= {address: record for address, record in sampler.records().items() if address in found}
+        self._next_proof = 0.0 if found else time.monotonic() + FAILED_S
+        sampler.sample(time.monotonic_ns())
+        return sampler.records()
+
+    def _suspicious(self, sampler: MemorySampler, record: Record, now: float) -> bool:
+        """Whether the record, which more than one look has seen, will be late soon."""
+        limit = self._limit_of(record)
+        if limit is None or now < limit - PROOF_S - self._sample_s or self._judged_lately(record):
             return False
-        if time.monotonic() - self._proved_at > PROVED_S:
-            self._stuck = stuck(self._view, self._loaded, self._sampler.pools)
-            self._proved_at = time.monotonic()
-        if record.request not in self._stuck:
-            self._sampler.restart(record.request, time.monotonic_ns())
-        return record.request in self._stuck
+        if self._proved.get(record.request) == record:
+            return False
+        return (record.done_ns or record.submit_ns) < sampler.last_ns
+
+    def _date(self, sampler: MemorySampler, proved: list[Record]) -> None:
+        """Since when the finished ones have been so: no worker has run since then."""
+        finished = [record.request for record in proved if record.done_ns and record.request not in self._alerted]
+        if finished:
+            asleep = workers_asleep_s(self._view, self._loaded)
+            for address in finished:
+                sampler.finished_by(address, time.monotonic_ns() - int(asleep * 1e9))
+
+    def _judged_lately(self, record: Record) -> bool:
+        known = self._alerted.get(record.request)
+        return known is not None and time.monotonic() - known.judged < max(self._settings.deadline_s, 1.0)
+
+    @property
+    def _sample_s(self) -> float:
+        return min(max(self._settings.deadline_s / SAMPLES, SAMPLE_MIN_S), SAMPLE_S)
 
     def _find_pools(self, now: float) -> None:
         """Without probes: pools are made with the first request that needs them, and go with their iothread."""
-        if self._sampler is not None and now >= self._next_search:
-            self._sampler.pools = self._reader.find(self._view.heap_chunks())
-            took = time.monotonic() - now
-            # At most a twentieth of the time; sooner while there is none.
-            self._next_search = time.monotonic() + max(20 * took, SEARCH_S if self._sampler.pools else SEARCH_FIRST_S)
+        if self._sampler is None:
+            return
+        tids = set(self.target.tids())
+        self._new_threads |= not tids <= self._tids
+        self._tids = tids
+        if now < (self._search_soon if self._new_threads else self._search_latest):
+            return
+        self._sampler.pools = self._reader.find(self._view.heap_chunks())
+        self._new_threads = False
+        ended = time.monotonic()
+        pause = (ended - now) / (SEARCH_SHARE if self._sampler.pools else SEARCH_SHARE_FIRST)
+        self._search_soon, self._search_latest = ended + max(pause, SEARCH_SOON_S), ended + max(pause, SEARCH_S)
 
     def _drop(self, record: Record) -> None:
         """The request is gone from memory but not from the map: a hit was not seen, or came too late."""

@@ -22,7 +22,17 @@ from tests.kernel.attaching import (
 from tests.kernel.miniature import ELEMENT, Miniature, build
 from tracer import kernel, probes
 from tracer.errors import AioTraceError, ProbeError
-from tracer.maps import COUNTERS, FLAG_BEFORE, FLAG_NO_CALLBACK, KINDS, THE_PROCESS, WAYS, Record, bucket_upper_ns, set_of
+from tracer.maps import (
+    COUNTERS,
+    FLAG_BEFORE,
+    FLAG_NO_CALLBACK,
+    KINDS,
+    THE_PROCESS,
+    WAYS,
+    Record,
+    bucket_upper_ns,
+    set_of,
+)
 from tracer.probes import Probes
 from tracer.sites.model import SITE_NAMES
 
@@ -49,9 +59,9 @@ def test_stages_add_up(pool: Miniature, variant: Variant) -> None:
 @in_every_way
 def test_counts_are_exact_on_several_processors(pool: Miniature, variant: Variant) -> None:
     with attached(pool) as loaded:
-        pool.do("r20000")
-        assert counts(loaded) == {"submitted": 20000, "done": 20000, "completed": 20000}
-        assert [stage.count for stage in total(loaded).stages] == [20000] * 3
+        pool.do("r6000")
+        assert counts(loaded) == {"submitted": 6000, "done": 6000, "completed": 6000}
+        assert [stage.count for stage in total(loaded).stages] == [6000] * 3
         assert loaded.records() == {}
 
 
@@ -447,8 +457,8 @@ def test_standing_records_are_read_among_others_that_come_and_go(pool: Miniature
     with attached(pool, what=small(set_bits=5, max_requests=1024)) as loaded:
         pool.do(" ".join(f"s{slot} d{slot}" for slot in range(500)))
         standing = {address: loaded.record(address) for address in map(pool.element, range(500))}
-        pool.begin("r20000")
-        while total(loaded).completed < 20000:
+        pool.begin("r6000")
+        while total(loaded).completed < 6000:
             seen = loaded.records()
             assert {address: seen.get(address) for address in standing} == standing
         pool.end()
@@ -458,9 +468,9 @@ def test_standing_records_are_read_among_others_that_come_and_go(pool: Miniature
 def test_figures_never_go_backwards(pool: Miniature, variant: Variant) -> None:
     """Read while the probes count on, each period's difference is sound."""
     with attached(pool) as loaded:
-        pool.begin("r20000")
+        pool.begin("r6000")
         before = total(loaded)
-        while before.completed < 20000:
+        while before.completed < 6000:
             now = total(loaded)
             for name in COUNTERS:
                 assert getattr(now, name) >= getattr(before, name)
