@@ -293,11 +293,11 @@ INLINE int store(struct request_record *record, u32 pid, bool may_meet)
     return error ? NO_ROOM : STORED;
 }
 
-INLINE void count_missed(u32 pid, u64 now)
+INLINE void count_missed(u32 pid)
 {
     struct process *process = lookup_process(pid);
 
-    if (process && now >= process->settled_ns)
+    if (process)
         add(&process->missed, 1);
 }
 
@@ -430,7 +430,7 @@ INLINE int at_submit(u64 request)
     if (old) {
         /* The address is recycled, and the end of the request before was not seen. */
         if (!(old->flags & (FLAG_NO_CALLBACK | FLAG_BEFORE)) && old->done_ns != CALLED)
-            count_missed(pid, ~0ULL);
+            count_missed(pid);
         record.flags |= old->flags & FLAG_OVERFLOW;
         fill(old, &record);
     } else if (store(&record, pid, false) == NO_ROOM) {
@@ -474,7 +474,7 @@ INLINE int at_done(u64 request)
         }
         record->submit_ns = 0;
     } else if (record->done_ns && !record->submit_ns) {
-        count_missed(pid, now);
+        count_missed(pid);
     }
     /* One that is set is of the request before at this address, whose hit came late. */
     record->done_ns = now;

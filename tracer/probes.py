@@ -343,7 +343,7 @@ class Programs:
             return
         self.detach_unwanted()
         self._maps["processes"].delete(self._process_key(pid))
-        self._keys = self._read = 0.0, {}
+        self._keys, self._read = (0.0, {}), (0.0, {})
         for key in self._statistics_keys(pid):
             self._maps["statistics"].delete(bytes(key))
         self._forget_all(pid)

@@ -33,12 +33,12 @@ LOAD_U64, ADD_CONSTANT = 0x79, 0x07
 CONTEXT = 1  # the register that holds struct pt_regs when a program begins
 
 
-def bytecode(site: str, register: str) -> list[tuple[int, int, int, int]]:
+def bytecode(site: str, register: str, atomics: bool) -> list[tuple[int, int, int, int]]:
     """(operation, source register, offset, constant) of a site's program, compiled for aarch64."""
     require(importlib.util.find_spec("bcc"), "bcc is not installed")
     require(os.geteuid() == 0, "BCC needs root")
     sites = [Site(name, 0, register, "bl", "code", cheap=True) for name in SITE_NAMES]
-    flags = compile_flags(sites, ELEMENT, Parameters(64), cmpxchg=False)
+    flags = compile_flags(sites, ELEMENT, Parameters(64, set_bits=4), atomics)
     # ARCH is what kernel developers call the machine they build for; BCC believes it.
     environment = {**os.environ, "ARCH": "arm64", "BCC_KERNEL_SOURCE": str(source_folder())}
     source = str(source_folder() / "aio_trace.c")
@@ -57,11 +57,18 @@ def bytecode(site: str, register: str) -> list[tuple[int, int, int, int]]:
 
 
 @pytest.mark.parametrize(
-    ("site", "register", "number", "added"),
-    [(SUBMIT, "x19", 19, 0), (DONE, "x26", 26, 0), (DONE, "x19-0x44", 19, -0x44), (CALLBACK, "x20", 20, 0)],
+    ("site", "register", "number", "added", "atomics"),
+    [
+        (SUBMIT, "x19", 19, 0, True),
+        (DONE, "x26", 26, 0, True),
+        (DONE, "x19-0x44", 19, -0x44, True),
+        (CALLBACK, "x20", 20, 0, False),
+    ],
 )
-def test_a_probe_reads_the_register_it_was_told(site: str, register: str, number: int, added: int) -> None:
-    code = bytecode(site, register)
+def test_a_probe_reads_the_register_it_was_told(
+    site: str, register: str, number: int, added: int, atomics: bool
+) -> None:
+    code = bytecode(site, register, atomics)
     read = [offset for operation, source, offset, _ in code if (operation, source) == (LOAD_U64, CONTEXT)]
     assert read[0] == 8 * number  # struct user_pt_regs begins with x0 to x30
     assert ((ADD_CONSTANT, -0x44) in [(operation, value) for operation, _, _, value in code]) is bool(added)

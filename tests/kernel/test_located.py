@@ -21,7 +21,8 @@ from tests.targets import Recipe, build
 from tracer.elf import Image
 from tracer.errors import HostError
 from tracer.figures import combined
-from tracer.probes import Probes, Statistics, check_host
+from tracer.maps import Statistics
+from tracer.probes import Probes, check_host
 from tracer.sites import locate
 from tracer.sites.model import CALLBACK, DONE, SITE_NAMES, SUBMIT, Located, Site
 from tracer.sites.usdt import request_register

@@ -208,7 +208,7 @@ def test_a_register_may_hold_a_place_in_the_request() -> None:
 )
 def test_registers_as_the_probes_name_them(register: str, member: str) -> None:
     site = Site(DONE, BASE, register, "bl #0x14000", "code", cheap=True)
-    assert f"-DDONE_REGISTER={member}" in compile_flags([site], ELEMENT, Parameters(16), cmpxchg=True)
+    assert f"-DDONE_REGISTER={member}" in compile_flags([site], ELEMENT, Parameters(16), atomics=True)
 
 
 def test_addresses_and_calls_are_found_by_their_bytes() -> None:

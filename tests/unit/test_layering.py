@@ -21,8 +21,8 @@ ROOT = Path(__file__).resolve().parents[2]
 # from earlier lines; neighbours on one line do not know each other.
 STAGES: tuple[tuple[str, ...], ...] = (
     ("tracer", "bpf"),
-    ("tracer.errors", "tracer.cache"),
-    ("tracer.layout", "tracer.known_bugs"),
+    ("tracer.errors", "tracer.cache", "tracer.kernel", "tracer.maps", "tracer.compiler"),
+    ("tracer.layout", "tracer.known_bugs", "tracer.budget"),
     ("tracer.target", "tracer.elf"),
     ("tracer.debug_files",),
     ("tracer.sites", "tracer.eh_frame"),
@@ -36,9 +36,9 @@ STAGES: tuple[tuple[str, ...], ...] = (
     ("tracer.events",),
     ("tracer.host",),
     ("tracer.check", "tracer.figures", "tracer.looking", "tracer.sampling", "tracer.report"),
-    ("tracer.qmp", "tracer.inject", "tracer.audit", "tracer.survey", "tracer.qcow2"),
+    ("tracer.hit_cost", "tracer.qmp", "tracer.inject", "tracer.audit", "tracer.survey", "tracer.qcow2"),
     ("tracer.inspect", "tracer.report_inspect", "tracer.nudge"),
-    ("tracer.save", "tracer.nudger"),
+    ("tracer.save", "tracer.nudger", "tracer.spending"),
     ("tracer.watch",),
     ("tracer.session",),
     ("tracer.lab",),
@@ -54,7 +54,7 @@ STAGES: tuple[tuple[str, ...], ...] = (
 
 # Libraries that are known in few places: where, and in how many modules at most.
 HOMES: Mapping[str, tuple[tuple[str, ...], int]] = {
-    "bcc": (("tracer.probes", "tracer.probes.*"), 1),
+    "bcc": (("tracer.compiler",), 1),
     "click": (("cli",), 1),
     "tabulate": (("tracer.report", "tracer.report.*"), 1),
     "capstone": (("tracer.sites.x86", "tracer.sites.a64"), 2),
@@ -65,6 +65,7 @@ HOMES: Mapping[str, tuple[tuple[str, ...], int]] = {
 # What a module must do without, because it is to be pure.
 WITHOUT: Mapping[str, frozenset[str]] = {
     "bench.figures": frozenset({"os", "pathlib", "subprocess", "time"}),
+    "tracer.maps": frozenset({"os", "pathlib", "subprocess", "time"}),
     "tracer.known_bugs": frozenset({"os", "pathlib", "subprocess", "time"}),
     "tracer.layout": frozenset({"os", "pathlib", "subprocess", "time"}),
     "tracer.verdict": frozenset({"datetime", "os", "pathlib", "socket", "subprocess", "time"}),
