@@ -12,7 +12,7 @@ import re
 import shlex
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import pairwise
 
 from tracer import home, posix_aio
@@ -25,6 +25,7 @@ from tracer.layout import RequestState
 from tracer.looking import Looker
 from tracer.pools import BottomHalf, Pool, Request, RequestList, ThreadCounts
 from tracer.posix_aio import Operation
+from tracer.records import dataclass
 from tracer.target import Region, Thread
 from tracer.verdict import (
     LOST_WAKEUP,
@@ -291,7 +292,7 @@ class _Inspection:
         look = watched.last.look
         if look.scheduled and look.syscall is None and not facts.missing:
             return None
-        runs = [t for t in self._view.threads() if t.syscall is None and not home.NOT_HOME.match(t.name)]
+        runs = [t for t in self._view.threads() if t.syscall is None and not re.match(home.NOT_HOME, t.name)]
         workers = [t for t in self._view.threads() if t.syscall is None and t.name.startswith("worker")]
         told = [t.tid for t in (workers or runs) if self._in_worker(t)]
         if told and look.scheduled is False:

@@ -6,13 +6,10 @@ Knows: formats. Does not know where values come from.
 from __future__ import annotations
 
 import json
-import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from typing import Any, Protocol, TextIO
-
-from tabulate import tabulate
 
 from tracer.events import (
     Alert,
@@ -47,9 +44,14 @@ WIDTH = 79
 
 def wrapped(text: str) -> str:
     """Indented lines of at most WIDTH characters; long names are not cut."""
-    return textwrap.fill(
-        text, WIDTH, initial_indent="  ", subsequent_indent="  ", break_long_words=False, break_on_hyphens=False
-    )
+    return _filled(text, initial_indent="  ", break_long_words=False, break_on_hyphens=False)
+
+
+def _filled(text: str, **how: Any) -> str:
+    # Not needed until after the trace is attached, and slow to import: as tabulate is.
+    import textwrap
+
+    return textwrap.fill(text, WIDTH, subsequent_indent="  ", **how)
 
 
 class Writer(Protocol):
@@ -349,13 +351,13 @@ class TableWriter:
             if value is not None and (value or name not in ("cancelled", "late"))
         ]
         title = f"summary of {event.period_s:.1f} s" if event.final else f"last {event.period_s:.1f} s"
-        lines = [textwrap.fill(f"{self._when(event)}{title}: " + ", ".join(parts), WIDTH, subsequent_indent="  ")]
+        lines = [_filled(f"{self._when(event)}{title}: " + ", ".join(parts))]
         table = self._latencies(event)
         if table:
             lines.append(table)
         if event.lost_records:
             lines.append(f"{event.lost_records} records were lost: the counts above are too low.")
-        lines += [textwrap.fill(f"note: {note}", WIDTH, subsequent_indent="  ") for note in event.notes]
+        lines += [_filled(f"note: {note}") for note in event.notes]
         return "\n".join(lines)
 
     def _latencies(self, event: Counts) -> str:
@@ -369,6 +371,8 @@ class TableWriter:
         rows = [row for row in rows if row[1]]
         if not rows:
             return ""
+        from tabulate import tabulate
+
         return tabulate(
             rows,
             headers=["", "requests", "p50", "p90", "p99", "max"],
@@ -465,6 +469,8 @@ def _rows(rows: Sequence[Sequence[str]], headers: Sequence[str]) -> str:
     columns = list(zip(headers, *rows, strict=True))
     taken = sum(max(len(cell) for cell in column) + 2 for column in columns[:-1])
     wrap = [None] * (len(headers) - 1) + [WIDTH - taken]
+    from tabulate import tabulate
+
     return tabulate(rows, headers, tablefmt="plain", maxcolwidths=wrap, preserve_whitespace=True, disable_numparse=True)
 
 

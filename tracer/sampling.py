@@ -8,11 +8,12 @@ state. Does not know what is late.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 
 from tracer.layout import RequestState
 from tracer.pools import Pool, PoolReader, Request
 from tracer.probes import FLAG_BEFORE, FLAG_NO_CALLBACK, Record
+from tracer.records import dataclass
 
 
 @dataclass

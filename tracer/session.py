@@ -8,21 +8,22 @@ from __future__ import annotations
 
 import os
 import select
-import subprocess
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from tracer import probes
 from tracer.build import Build, debug_place, read_build
 from tracer.errors import AioTraceError, HostError, NoSuchProcess, NotQemu, SitesNotFound, TargetExited
 from tracer.events import Alert, Event, Failure, Resolved
+from tracer.records import dataclass
 from tracer.target import Target, open_target, qemu_hint
 from tracer.watch import Settings, Watch
 
 if TYPE_CHECKING:
+    import subprocess
+
     from tracer.nudger import Nudger
 
 FOREVER_S = 3600.0
@@ -189,6 +190,8 @@ class Session:
             "STATE": alert.state,
             "EXPLANATION": alert.explanation,
         }
+        import subprocess
+
         environment = {f"AIO_TRACE_{k}": str(v) for k, v in values.items() if v is not None}
         try:
             self._children.append(

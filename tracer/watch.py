@@ -8,17 +8,17 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import field
 
 from tracer import figures, posix_aio, probes
 from tracer.build import Build, load
 from tracer.events import Alert, Attached, Counts, Event, Latency, PoolInfo, ProbeInfo, Requests, Resolved, TargetEnded
-from tracer.inspect import stuck
 from tracer.layout import RequestState
 from tracer.live import LiveView
 from tracer.looking import Finding, Looker
 from tracer.pools import Pool
 from tracer.probes import Record, Statistics, Subject
+from tracer.records import dataclass
 from tracer.sampling import MemorySampler
 from tracer.sites.model import CALLBACK, DONE, SITE_NAMES
 from tracer.target import Target
@@ -254,6 +254,8 @@ class Watch:
         if self._sampler is None:
             return False
         if time.monotonic() - self._proved_at > PROVED_S:
+            from tracer.inspect import stuck
+
             self._stuck = stuck(self._view, self._loaded, self._sampler.pools)
             self._proved_at = time.monotonic()
         if record.request not in self._stuck:
