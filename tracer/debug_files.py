@@ -68,7 +68,7 @@ class DebugFiles:
     def separate(self) -> Image | None:
         """The separate debug file, by build id or else by debug link."""
         tried = 0
-        for path, crc in (*self._by_build_id(), *self._by_link()):
+        for path, crc in self._places():
             if not _is_file(path):
                 continue
             tried += 1
@@ -79,6 +79,13 @@ class DebugFiles:
         if not tried:
             self.reasons.append(f"there is no separate debug file (build id {self._image.build_id or 'unknown'})")
         return None
+
+    def candidates(self) -> tuple[str, ...]:
+        """Where a separate debug file would be taken from, in order, whether or not there is one."""
+        return tuple(path for path, _ in self._places())
+
+    def _places(self) -> list[tuple[str, int | None]]:
+        return [*self._by_build_id(), *self._by_link()]
 
     def _by_build_id(self) -> list[tuple[str, int | None]]:
         build_id = self._image.build_id

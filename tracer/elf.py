@@ -142,6 +142,7 @@ class Image:
         self._machine = _MACHINES[machine]
         self._debug = debug
         self._headers = tuple(self._program_headers(phoff, phentsize, phnum))
+        self._raw_headers = self._bytes(0, 64) + self._bytes(phoff, phentsize * phnum)
         self._segments = tuple(
             Segment(vaddr, offset, filesz, memsz, flags)
             for kind, flags, offset, vaddr, filesz, memsz in self._headers
@@ -201,6 +202,11 @@ class Image:
     @property
     def entry(self) -> int:
         return int(self._entry)
+
+    @property
+    def headers(self) -> bytes:
+        """The ELF header and the program headers, as they are in the file."""
+        return self._raw_headers
 
     @property
     def segments(self) -> tuple[Segment, ...]:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
-from tracer import probes
+from tracer import kept, probes
 from tracer.build import Build, debug_place, read_build
 from tracer.errors import AioTraceError, HostError, NoSuchProcess, NotQemu, SitesNotFound, TargetExited
 from tracer.events import Alert, Event, Failure, Resolved
@@ -155,11 +155,12 @@ class Session:
             status = os.stat(target.image_path)
             key = (status.st_dev, status.st_ino)
             if key not in self._builds:
-                self._builds[key] = read_build(
-                    target.image_path,
-                    f"process {target.pid} ({target.exe})",
-                    self._options.settings.locate_by,
-                    debug_place(target),
+                name, place = f"process {target.pid} ({target.exe})", debug_place(target)
+                only = self._options.settings.locate_by
+                self._builds[key] = (
+                    read_build(target.image_path, name, only, place)
+                    if only
+                    else kept.read_build(target.image_path, name, place)
                 )
         except NotQemu as error:
             error.hint = qemu_hint(target.pid)

@@ -32,7 +32,7 @@ STAGES: tuple[tuple[str, ...], ...] = (
     ("tracer.live", "tracer.core", "tracer.registers"),
     ("tracer.pools",),
     ("tracer.home", "tracer.posix_aio", "tracer.coroutine", "tracer.build"),
-    ("tracer.probes", "tracer.verdict"),
+    ("tracer.probes", "tracer.verdict", "tracer.kept"),
     ("tracer.events",),
     ("tracer.host",),
     ("tracer.check", "tracer.figures", "tracer.looking", "tracer.sampling", "tracer.report"),
