@@ -11,6 +11,10 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from dataclasses import dataclass as dataclass
+    from types import ModuleType
+
+    def get_ready(*modules: ModuleType) -> None:
+        """Make now what instances of these modules' classes need, so that it does not take its time later."""
 else:
     import dataclasses
     from _thread import RLock
@@ -24,10 +28,25 @@ else:
         if cls is None:
             return lambda each: dataclass(each, frozen=frozen)
         maker = _Maker(cls, frozen)
+        if frozen:
+            cls.__setattr__, cls.__delattr__ = _refuse_to_set, _refuse_to_delete
         for name in (*_METHODS, "__dataclass_fields__"):
             if name not in cls.__dict__:
                 setattr(cls, name, _Later(name, maker))
         return cls
+
+    def get_ready(*modules):
+        """See above."""
+        for module in modules:
+            for value in vars(module).values():
+                if isinstance(value, type):
+                    value.__init__  # noqa: B018
+
+    def _refuse_to_set(self, name, value):
+        raise dataclasses.FrozenInstanceError(f"cannot assign to field {name!r}")
+
+    def _refuse_to_delete(self, name):
+        raise dataclasses.FrozenInstanceError(f"cannot delete field {name!r}")
 
     class _Later:
         """Stands in a class for what is not made yet; whoever looks it up has it made, and gets that."""
@@ -53,7 +72,7 @@ else:
             if isinstance(cls.__dict__["__dataclass_fields__"], _Later):
                 # Without a docstring it would ask for the signature, and so for __init__.
                 cls.__doc__ = cls.__doc__ or cls.__name__
-                dataclasses.dataclass(cls, init=False, repr=False, eq=False, frozen=self._frozen)
+                dataclasses.dataclass(cls, init=False, repr=False, eq=False)
             if cls.__dict__[name] is placeholder:
                 setattr(cls, name, getattr(self, name.replace("__", "_make_", 1).rstrip("_"))())
 

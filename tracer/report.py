@@ -48,10 +48,16 @@ def wrapped(text: str) -> str:
 
 
 def _filled(text: str, **how: Any) -> str:
-    # Not needed until after the trace is attached, and slow to import: as tabulate is.
     import textwrap
 
     return textwrap.fill(text, WIDTH, subsequent_indent="  ", **how)
+
+
+def _get_ready() -> None:
+    """Import what tables need, which takes long, now that it has been told that all is attached."""
+    import textwrap  # noqa: F401
+
+    import tabulate  # noqa: F401
 
 
 class Writer(Protocol):
@@ -334,6 +340,7 @@ class TableWriter:
             f"{self._of(event)}attached to {event.pid} in {event.startup_s:.2f} s: {probes}, "
             f"{event.in_flight} requests in flight. Ctrl-C ends it."
         )
+        _get_ready()
 
     def _counts(self, event: Counts) -> str:
         requests = event.requests

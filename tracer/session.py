@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
-from tracer import kept, probes
+from tracer import kept, probes, records
 from tracer.build import Build, debug_place, read_build
 from tracer.errors import AioTraceError, HostError, NoSuchProcess, NotQemu, SitesNotFound, TargetExited
 from tracer.events import Alert, Event, Failure, Resolved
@@ -93,9 +93,19 @@ class Session:
             for target in targets:
                 if not self._stop.requested:
                     self._start(target, started)
+            self._get_ready()
             self._loop()
         finally:
             self._end()
+
+    def _get_ready(self) -> None:
+        """Import and make what only an alert needs: to be attached must not wait for it, nor must the alert."""
+        if self._options.on_alert:
+            import subprocess  # noqa: F401
+        if self._watches:
+            from tracer import eh_frame, events, home, inspect, looking, posix_aio, unwind, verdict, view
+
+            records.get_ready(eh_frame, events, home, inspect, looking, posix_aio, unwind, verdict, view)
 
     def _open_targets(self) -> list[Target]:
         targets = []
