@@ -266,8 +266,8 @@ class AioTrace(Tracer):
         return [*AIO_TRACE, *chosen, "--json", "--probes", self.mode, "--budget", "none", *self.options]
 
     def environment(self, folder: Path) -> dict[str, str]:
-        """A cache of the bench's own."""
-        return {"XDG_CACHE_HOME": str(self.programs or folder / "cache")}
+        """A cache of the bench's own; and Python may keep what it compiled, as where it is installed it has."""
+        return {"XDG_CACHE_HOME": str(self.programs or folder / "cache"), "PYTHONDONTWRITEBYTECODE": ""}
 
     def prepare(self, target: Target, folder: Path) -> None:
         """With --all, other people's QEMUs would be traced, too: refuse where there are any."""

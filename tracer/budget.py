@@ -7,7 +7,8 @@ rates and times, does not measure any.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+
+from tracer.records import dataclass
 
 #: How long the rate must be too high before fewer probes are used, and low enough before more are; seconds.
 DOWN_AFTER_S, UP_AFTER_S = 4.0, 10.0

@@ -7,14 +7,14 @@ with the pools found.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 
 from tracer.debug_files import Place
 from tracer.elf import Bounds, Image
 from tracer.errors import FaultError, NotQemu, SitesNotFound, TargetError
 from tracer.memory import MemoryReader, read_u64
 from tracer.pools import PoolReader
-from tracer.sites import locate
+from tracer.records import dataclass
 from tracer.sites.model import Located
 from tracer.target import Target
 from tracer.view import ProcessView
@@ -63,6 +63,8 @@ def read_build(path: str, name: str, only: str | None = None, place: Place | Non
 
 def build_of(image: Image, name: str, only: str | None = None, place: Place | None = None) -> Build:
     """As read_build, of a file that is open already."""
+    from tracer.sites import locate
+
     version = image.qemu_version()
     try:
         located = locate(image, only, place)

@@ -8,12 +8,17 @@ some must still prove that they fit.
 
 from __future__ import annotations
 
-import hashlib
 import os
 import stat
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+
+try:
+    # hashlib loads OpenSSL, which takes as long as all that is done with it here. In Python up to 3.11:
+    from _sha256 import sha256  # type: ignore[import-not-found]
+except ImportError:
+    from hashlib import sha256
 
 #: Files kept of a kind, the newest; and the largest content that is kept or believed.
 KEEP = 64
@@ -164,10 +169,15 @@ def _forget_the_oldest(folder: int) -> None:
             os.unlink(name, dir_fd=folder)
 
 
+def digest(content: bytes) -> str:
+    """SHA-256, as text."""
+    return str(sha256(content).hexdigest())
+
+
 def _name(key: bytes) -> str:
-    return hashlib.sha256(key).hexdigest()
+    return digest(key)
 
 
 def _header(kind: str, key: bytes, content: bytes) -> bytes:
-    of_key = hashlib.sha256(kind.encode() + b"\0" + key).digest()
-    return _MAGIC + of_key + hashlib.sha256(content).digest()
+    of_key = bytes.fromhex(digest(kind.encode() + b"\0" + key))
+    return _MAGIC + of_key + bytes.fromhex(digest(content))

@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import stat
 import time
-from dataclasses import dataclass
 
 from tracer.build import debug_place
 from tracer.debug_files import Place
@@ -19,6 +18,7 @@ from tracer.events import Checked, HostNeed
 from tracer.host import host_needs
 from tracer.known_bugs import bug_notes
 from tracer.memory import LiveMemory
+from tracer.records import dataclass
 from tracer.sites import NoStrategyWorked, locate
 from tracer.sites.model import SITE_NAMES, Attempt, Located
 from tracer.target import Target, open_target, qemu_hint

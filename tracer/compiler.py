@@ -12,7 +12,6 @@ import json
 import os
 import re
 import struct
-import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -100,14 +99,18 @@ def _map_references(code: bytes | bytearray) -> list[int]:
 
 def bcc_version() -> str | None:
     """The version of the bcc package that compile_apart() would use, without importing it; None if there is none."""
+    from importlib.machinery import PathFinder
+
     try:
-        spec = find_spec("bcc")
+        spec = PathFinder.find_spec("bcc", sys.path)
     except (ImportError, ValueError):
         return None
     if spec is None or not spec.submodule_search_locations:
         return None if spec is None else "unknown"
     try:
-        text = Path(spec.submodule_search_locations[0], "version.py").read_text(encoding="utf-8", errors="replace")
+        path = os.path.join(spec.submodule_search_locations[0], "version.py")
+        with open(path, encoding="utf-8", errors="replace") as file:
+            text = file.read()
     except OSError:
         return "unknown"
     found = re.search(r"""__version__\s*=\s*['"]([^'"]+)""", text)
@@ -116,20 +119,25 @@ def bcc_version() -> str | None:
 
 def bcc_problem() -> str | None:
     """Why bcc cannot be imported, tried in a child process; None where it can."""
+    import subprocess
+
     try:
         if find_spec("bcc") is None:
             return "no module named bcc"
     except (ImportError, ValueError) as error:
         return str(error)
     try:
-        done = _child("import bcc", b"", dict(os.environ))
+        status, _, complaints = _child("import bcc", b"", dict(os.environ))
     except (OSError, subprocess.SubprocessError) as error:
         return str(error)
-    return None if done.returncode == 0 else _last_line(done.stderr.decode(errors="replace"))
+    return None if status == 0 else _last_line(complaints)
 
 
-def _child(code: str, given: bytes, environment: dict[str, str]) -> subprocess.CompletedProcess[bytes]:
-    return subprocess.run(
+def _child(code: str, given: bytes, environment: dict[str, str]) -> tuple[int, bytes, str]:
+    """Status, output and complaints. Raises OSError or SubprocessError."""
+    import subprocess
+
+    done = subprocess.run(
         [sys.executable, "-c", f"import sys; sys.path[:] = {sys.path!r}; {code}"],
         input=given,
         capture_output=True,
@@ -139,6 +147,7 @@ def _child(code: str, given: bytes, environment: dict[str, str]) -> subprocess.C
         # The interruption of a terminal is for us; we wait for the little that is left.
         process_group=0,
     )
+    return done.returncode, done.stdout, done.stderr.decode(errors="replace")
 
 
 def compile_apart(source: Path, include: Path, flags: Sequence[str], programs: Sequence[str]) -> tuple[Compiled, str]:
@@ -146,21 +155,22 @@ def compile_apart(source: Path, include: Path, flags: Sequence[str], programs: S
 
     Raises BccNotFound, or CompilerFailed with the output as its note.
     """
+    import subprocess
+
     job = json.dumps({"source": str(source), "flags": list(flags), "programs": list(programs)})
     environment = {**os.environ, "BCC_KERNEL_SOURCE": str(include)}
     # What kernel developers build for is not what this machine is, but BCC would believe it.
     environment.pop("ARCH", None)
     try:
-        done = _child("from tracer.compiler import main; main()", job.encode(), environment)
+        status, outcome, printed = _child("from tracer.compiler import main; main()", job.encode(), environment)
     except (OSError, subprocess.SubprocessError) as error:
         raise CompilerFailed(f"the compiler could not be run: {error}") from error
-    printed = done.stderr.decode(errors="replace")
-    if done.returncode == BCC_MISSING:
+    if status == BCC_MISSING:
         raise BccNotFound(_last_line(printed))
     try:
-        return Compiled.from_bytes(done.stdout), printed
+        return Compiled.from_bytes(outcome), printed
     except (ValueError, KeyError, TypeError):
-        failed = CompilerFailed(_last_line(printed) or f"the compiler ended with status {done.returncode}")
+        failed = CompilerFailed(_last_line(printed) or f"the compiler ended with status {status}")
         failed.add_note(printed)
         raise failed from None
 

@@ -14,12 +14,12 @@ import os
 import struct
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NoReturn
 
 from tracer.errors import CoreError, FaultError
 from tracer.memory import PAGE
+from tracer.records import dataclass
 from tracer.target import SystemCall, syscall_name
 
 ET_CORE, EM_X86_64 = 4, 62

@@ -9,10 +9,11 @@ function is code and the caller is none or can be read.
 from __future__ import annotations
 
 import struct
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from tracer.errors import FaultError, TargetError
 from tracer.memory import PAGE
+from tracer.records import dataclass
 from tracer.target import Region
 from tracer.view import Frame, ProcessView, Stack
 

@@ -6,16 +6,14 @@ A file that belongs to another build is refused. Does not know what is looked fo
 
 from __future__ import annotations
 
-import lzma
 import os
 import stat
 import struct
-import zlib
-from dataclasses import dataclass
 from functools import cached_property
 
 from tracer.elf import Image
 from tracer.errors import ImageError
+from tracer.records import dataclass
 
 _MAX_PACKED = 1 << 26
 _MAX_UNPACKED = 1 << 28
@@ -60,7 +58,7 @@ class DebugFiles:
                 f"{self._image.path} (.gnu_debugdata)", _unpacked(self._image.section_bytes(section)), debug=True
             )
             self._check_build(found)
-        except (ImageError, lzma.LZMAError) as error:
+        except ImageError as error:
             self.reasons.append(f".gnu_debugdata cannot be used: {error}")
             return None
         self._opened.append(found)
@@ -70,7 +68,7 @@ class DebugFiles:
     def separate(self) -> Image | None:
         """The separate debug file, by build id or else by debug link."""
         tried = 0
-        for path, crc in (*self._by_build_id(), *self._by_link()):
+        for path, crc in self._places():
             if not _is_file(path):
                 continue
             tried += 1
@@ -81,6 +79,13 @@ class DebugFiles:
         if not tried:
             self.reasons.append(f"there is no separate debug file (build id {self._image.build_id or 'unknown'})")
         return None
+
+    def candidates(self) -> tuple[str, ...]:
+        """Where a separate debug file would be taken from, in order, whether or not there is one."""
+        return tuple(path for path, _ in self._places())
+
+    def _places(self) -> list[tuple[str, int | None]]:
+        return [*self._by_build_id(), *self._by_link()]
 
     def _by_build_id(self) -> list[tuple[str, int | None]]:
         build_id = self._image.build_id
@@ -134,6 +139,8 @@ def _is_file(path: str) -> bool:
 
 
 def _crc_of(path: str) -> int:
+    import zlib
+
     crc = 0
     with open(path, "rb") as file:
         while chunk := file.read(_CHUNK):
@@ -144,8 +151,13 @@ def _crc_of(path: str) -> int:
 def _unpacked(packed: bytes) -> bytes:
     if len(packed) > _MAX_PACKED:
         raise ImageError("it is far too large")
+    import lzma
+
     unpacker = lzma.LZMADecompressor(memlimit=_MAX_UNPACKED)
-    data = unpacker.decompress(packed, _MAX_UNPACKED)
+    try:
+        data = unpacker.decompress(packed, _MAX_UNPACKED)
+    except lzma.LZMAError as error:
+        raise ImageError(str(error)) from error
     if not unpacker.eof:
         raise ImageError("it is cut off, or far too large")
     return data

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 
 from tracer.elf import Image
 from tracer.errors import AioTraceError, ImageError
+from tracer.records import dataclass
 
 MASK = (1 << 64) - 1
 _MAX_ENTRY = 1 << 16

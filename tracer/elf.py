@@ -15,11 +15,11 @@ import re
 import struct
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import cached_property
 from types import TracebackType
 
 from tracer.errors import ImageError
+from tracer.records import dataclass
 
 EM_X86_64 = 62
 EM_AARCH64 = 183
@@ -50,7 +50,7 @@ _VERSION_STRINGS = (
     (b"%s version ", b"QEMU Project developers"),
     (b"%s ", b"QEMU Project developers"),
 )
-_VERSION = re.compile(rb"(\d+\.\d+(?:\.\d+)?[^\n\0]{0,120}?)(?=, Copyright|[\n\0])")
+_VERSION = rb"(\d+\.\d+(?:\.\d+)?[^\n\0]{0,120}?)(?=, Copyright|[\n\0])"
 _TEXT_LIMIT = 200
 
 
@@ -142,6 +142,7 @@ class Image:
         self._machine = _MACHINES[machine]
         self._debug = debug
         self._headers = tuple(self._program_headers(phoff, phentsize, phnum))
+        self._raw_headers = self._bytes(0, 64) + self._bytes(phoff, phentsize * phnum)
         self._segments = tuple(
             Segment(vaddr, offset, filesz, memsz, flags)
             for kind, flags, offset, vaddr, filesz, memsz in self._headers
@@ -201,6 +202,11 @@ class Image:
     @property
     def entry(self) -> int:
         return int(self._entry)
+
+    @property
+    def headers(self) -> bytes:
+        """The ELF header and the program headers, as they are in the file."""
+        return self._raw_headers
 
     @property
     def segments(self) -> tuple[Segment, ...]:
@@ -671,7 +677,7 @@ def _version_in(data: bytes, prefix: bytes, after: bytes) -> str | None:
     for _ in range(_MAX_HITS):
         if at < 0:
             return None
-        found = _VERSION.match(data, at + len(prefix))
+        found = re.compile(_VERSION).match(data, at + len(prefix))
         if found and after in data[at : at + _TEXT_LIMIT]:
             return found[1].decode("utf-8", "replace").strip()
         at = data.find(prefix, at + 1)

@@ -7,11 +7,12 @@ are ints here, durations floats in seconds, times seconds since the epoch; None 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Any
 
 from tracer.known_bugs import BugNote
 from tracer.layout import Layout
+from tracer.records import dataclass
 from tracer.sites.model import Attempt, Site
 
 

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import re
 import struct
-from dataclasses import dataclass
 from itertools import pairwise
 
 from tracer.errors import FaultError
+from tracer.records import dataclass
 from tracer.target import FILE_SYSCALLS, Region, Thread
 from tracer.view import ProcessView
 
@@ -27,9 +27,9 @@ TLS_SIZE = 8192
 SLICES = 20
 MAX_POLL_SET = 65536
 #: Names of threads that run no context, where QEMU names its threads (-name debug-threads=on).
-NOT_HOME = re.compile(r"^(worker|CPU )")
+NOT_HOME = r"^(worker|CPU )"
 #: The same of threads that do no request.
-NOT_WORKER = re.compile(r"^(IO |CPU )")
+NOT_WORKER = r"^(IO |CPU )"
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ def find_home(view: ProcessView, context: int, main_context: int | None, worker_
     candidates = [
         thread
         for thread in view.threads()
-        if not NOT_HOME.match(thread.name)
+        if not re.match(NOT_HOME, thread.name)
         and (main_context is None or thread.tid != view.pid)
         and _holds(_stack(view, regions, thread), context, worker_code)
     ]

@@ -20,10 +20,10 @@ import struct
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 
 from tracer.errors import FaultError, InjectionRefused
 from tracer.memory import LiveMemory
+from tracer.records import dataclass
 from tracer.target import Region, Target
 
 PTRACE_SETREGS, PTRACE_GETREGS, PTRACE_DETACH, PTRACE_CONT = 13, 12, 17, 7

@@ -12,7 +12,7 @@ import re
 import shlex
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import pairwise
 
 from tracer import home, posix_aio
@@ -25,6 +25,7 @@ from tracer.layout import RequestState
 from tracer.looking import Looker
 from tracer.pools import BottomHalf, Pool, Request, RequestList, ThreadCounts
 from tracer.posix_aio import Operation
+from tracer.records import dataclass
 from tracer.target import Region, Thread
 from tracer.verdict import (
     LOST_WAKEUP,
@@ -116,7 +117,7 @@ def workers_asleep_s(view: ProcessView, loaded: Loaded) -> float:
     regions = view.regions()
     slept = []
     for thread in view.threads():
-        if thread.syscall is None and not home.NOT_WORKER.match(thread.name):
+        if thread.syscall is None and not re.match(home.NOT_WORKER, thread.name):
             return 0.0
         if home.is_worker(view, regions, thread, loaded.worker_code):
             asleep = view.asleep_s(thread.tid)
@@ -323,7 +324,7 @@ class _Inspection:
         look = watched.last.look
         if look.scheduled and look.syscall is None and not facts.missing:
             return None
-        runs = [t for t in self._view.threads() if t.syscall is None and not home.NOT_HOME.match(t.name)]
+        runs = [t for t in self._view.threads() if t.syscall is None and not re.match(home.NOT_HOME, t.name)]
         workers = [t for t in self._view.threads() if t.syscall is None and t.name.startswith("worker")]
         told = [t.tid for t in (workers or runs) if self._in_worker(t)]
         if told and look.scheduled is False:

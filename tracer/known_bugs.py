@@ -11,7 +11,8 @@ listen to, D it is stuck, E a callback waits for another request.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+
+from tracer.records import dataclass
 
 #: The fix whose barriers are looked for in the code itself.
 BARRIERS = "e8d3b1a25f"
@@ -82,7 +83,7 @@ KNOWN_BUGS: tuple[KnownBug, ...] = (
 )
 
 
-_NUMBERS = re.compile(r"\s*v?(\d+)\.(\d+)(?:\.(\d+))?(?:[.\d]*)(?:[-~]rc(\d+))?", re.ASCII | re.IGNORECASE)
+_NUMBERS = r"\s*v?(\d+)\.(\d+)(?:\.(\d+))?(?:[.\d]*)(?:[-~]rc(\d+))?"
 
 
 def parse_version(text: str) -> Version | None:
@@ -91,7 +92,7 @@ def parse_version(text: str) -> Version | None:
     QEMU calls the release candidates of 2.3.0 itself 2.2.90 and up, and its development tree 2.2.50;
     a suffix -rcN is counted the same way, so versions compare as tuples.
     """
-    found = _NUMBERS.match(text)
+    found = re.match(_NUMBERS, text, re.ASCII | re.IGNORECASE)
     if not found:
         return None
     major, minor, micro = int(found[1]), int(found[2]), int(found[3] or 0)

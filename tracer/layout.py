@@ -7,10 +7,10 @@ addresses, processes or versions: offsets come from the code or debug info of th
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from enum import IntEnum
 
 from tracer.errors import AbsentMember
+from tracer.records import dataclass
 
 
 class RequestState(IntEnum):

@@ -12,12 +12,15 @@ import re
 import time
 from collections.abc import Iterable
 from contextlib import suppress
+from typing import TYPE_CHECKING
 
 from tracer.elf import Image
 from tracer.memory import LiveMemory
 from tracer.target import Region, Target, Thread
-from tracer.unwind import Unwinder
 from tracer.view import Stack
+
+if TYPE_CHECKING:
+    from tracer.unwind import Unwinder
 
 #: How often a thread that runs is looked at for its stack, and how long to wait in between (seconds).
 ATTEMPTS, PAUSE_S = 4, 0.0005
@@ -86,15 +89,18 @@ class LiveView:
 
     def stack_at(self, pc: int, sp: int) -> Stack:
         """The stack from a program counter and a stack pointer on."""
-        if self._unwinder is None:
-            self._unwinder = Unwinder(self)
-        return self._unwinder.unwind(pc, sp)
+        return self._stacks().unwind(pc, sp)
 
     def function_at(self, address: int) -> tuple[str, int] | None:
         """(function, offset) by the symbols of the files that are mapped."""
+        return self._stacks().function_at(address)
+
+    def _stacks(self) -> Unwinder:
         if self._unwinder is None:
+            from tracer.unwind import Unwinder
+
             self._unwinder = Unwinder(self)
-        return self._unwinder.function_at(address)
+        return self._unwinder
 
     @property
     def frozen(self) -> bool:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from tracer import home, posix_aio
 from tracer.build import Loaded
@@ -17,6 +17,7 @@ from tracer.layout import RequestState
 from tracer.memory import read_string
 from tracer.pools import Pool, Request, ThreadCounts
 from tracer.posix_aio import Operation
+from tracer.records import dataclass
 from tracer.target import FILE_SYSCALLS, Thread
 from tracer.verdict import MAX_FRAMES, Facts, HomeStack, Look
 from tracer.view import Frame, ProcessView, Stack

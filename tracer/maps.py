@@ -6,7 +6,9 @@ Knows: bpf/aio_trace.h, structure by structure, and what follows from the counts
 from __future__ import annotations
 
 import ctypes as ct
-from dataclasses import dataclass, field
+from dataclasses import field
+
+from tracer.records import dataclass
 
 # The same as in bpf/aio_trace.h; tests/kernel compares the two.
 KINDS = ("other", "read", "write", "ioctl", "flush", "discard", "write-zeroes", "copy-range", "truncate")

@@ -13,7 +13,6 @@ import textwrap
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from typing import Any
 
 from tracer import audit, inject, qcow2
@@ -23,6 +22,7 @@ from tracer.events import Nudged
 from tracer.live import LiveView
 from tracer.looking import Looker
 from tracer.qmp import Monitor, force_hint
+from tracer.records import dataclass
 from tracer.survey import Stuck, Survey, still_stuck, survey
 from tracer.target import Target
 from tracer.verdict import LOOP_BLOCKED, LOOP_BUSY, LOST_KICK, LOST_WAKEUP, STOPPED, UNPOLLED_KICK

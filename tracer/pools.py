@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterable
-from dataclasses import dataclass
 
 from tracer.errors import FaultError, LayoutError
 from tracer.layout import Layout, RequestState
 from tracer.memory import MemoryReader, read_u64
+from tracer.records import dataclass
 
 MAX_REQUESTS = 65536
 #: How often a list that changes while it is read is read again.

@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import re
 import struct
-from dataclasses import dataclass
 
 from tracer.errors import FaultError
 from tracer.memory import MemoryReader, read_u64
+from tracer.records import dataclass
 from tracer.view import ProcessView
 
 OPERATIONS = {
@@ -52,8 +52,8 @@ NODE_NAME_SIZE = 32  # BlockDriverState.node_name, include/block/block_int-commo
 #: BlockDriverState holds four paths of PATH_MAX bytes before node_name; bytes.
 BDS_SIZE = 24 << 10
 #: Shorter ones might be the bytes of a pointer.
-_PATH = re.compile(rb"(?<=[\0\1])(/[\x20-\x7e\x80-\xff]{6,4094})\0\0")
-_NODE_NAME = re.compile(rb"[A-Za-z#_][\x21-\x7e]{0,30}\0+")
+_PATH = rb"(?<=[\0\1])(/[\x20-\x7e\x80-\xff]{6,4094})\0\0"
+_NODE_NAME = rb"[A-Za-z#_][\x21-\x7e]{0,30}\0+"
 
 
 @dataclass(frozen=True)
@@ -162,14 +162,14 @@ def read_node(memory: MemoryReader, arg: int) -> Node | None:
         data = _as_much(memory, bs, BDS_SIZE)
     except FaultError:
         return None
-    for found in _NODE_NAME.finditer(data):
+    for found in re.finditer(_NODE_NAME, data):
         name, end = found.start(), found.start() + NODE_NAME_SIZE
         entry = end + 7 & ~7  # pointers are aligned, characters need not be
         if name % 4 or entry + 16 > len(data) or data[found.end() - 1 : end].strip(b"\0"):
             continue
         (back,) = struct.unpack_from("<Q", data, entry + 8)
         if _points_to(memory, back, bs):
-            path = _PATH.search(data, 0, name)
+            path = re.compile(_PATH).search(data, 0, name)
             file = path[1].decode(errors="replace") if path else None
             return Node(data[name:end].rstrip(b"\0").decode("ascii"), file)
     return None

@@ -11,16 +11,14 @@ import errno
 import os
 import platform
 import re
-import shlex
 import struct
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from functools import cache as remember
 from functools import partial
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import bpf
 from tracer import cache, kernel
@@ -54,7 +52,11 @@ from tracer.maps import (
     statistics_of,
 )
 from tracer.posix_aio import SINCE_4_0, Order
+from tracer.records import dataclass
 from tracer.sites.model import CALLBACK, DONE, SUBMIT, Site
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 SET_BITS = 12
 MAX_REQUESTS = 10240
@@ -101,6 +103,8 @@ DEFAULT_PARAMETERS = Parameters()
 def check_host() -> None:
     """Raise NotPermitted or NoUprobes where probes cannot be attached on this host."""
     if not permitted():
+        import shlex
+
         raise NotPermitted(
             "attaching probes needs root, or CAP_BPF and CAP_PERFMON with CAP_SYS_PTRACE",
             f"sudo {shlex.join(['aio-trace', *sys.argv[1:]])}",
@@ -122,6 +126,8 @@ def permitted() -> bool:
 
 def source_folder() -> Path:
     """The folder of the probe programs, wherever the package is installed."""
+    from pathlib import Path
+
     return Path(bpf.__path__[0])
 
 
@@ -144,7 +150,7 @@ def compile_flags(sites: Sequence[Site], element: ElementLayout, what: Parameter
     }
     registers = {program.upper().removeprefix("ON_"): register for program, (_, register) in programs(sites).items()}
     return [
-        f"-I{source_folder()}",
+        f"-I{bpf.__path__[0]}",
         *(f"-D{name}={value}" for name, value in flags.items()),
         *(f"-D{name}_REGISTER={_member(register)}" for name, register in registers.items()),
         *what.extra_flags,
@@ -194,11 +200,16 @@ def _compiled(flags: Sequence[str], names: Sequence[str], trust: bool) -> tuple[
 
 def _key(flags: Sequence[str], names: Sequence[str]) -> bytes:
     """All that decides what comes of a compilation: sources, flags, bcc, and the kernel that it looks at."""
-    folder = source_folder()
-    sources = sorted(path for suffix in ("*.c", "*.h") for path in folder.rglob(suffix))
+    found = [(at, name) for at, _, files in os.walk(bpf.__path__[0]) for name in files]
+    sources = sorted(os.path.join(at, name) for at, name in found if name.endswith((".c", ".h")))
     parts = [str(bcc_version()), platform.release(), platform.version(), platform.machine(), *flags, "", *names, ""]
-    texts = [path.read_bytes() for path in sources]
+    texts = [_bytes_of(path) for path in sources]
     return b"\0".join([*(part.encode(errors="surrogateescape") for part in parts), *texts])
+
+
+def _bytes_of(path: str) -> bytes:
+    with open(path, "rb") as file:
+        return file.read()
 
 
 @remember
@@ -708,6 +719,8 @@ def _translated(what: str, reason: str, output: str) -> ProbeError | NotPermitte
             "cat /sys/kernel/security/lockdown /proc/sys/kernel/perf_event_paranoid",
         )
     else:
+        import shlex
+
         hint = f"{shlex.join(['aio-trace', '-v', *sys.argv[1:]])}    # shows all that BCC printed"
         translated = ProbeError(f"could not {what}: {reason}", hint)
     translated.add_note(output)

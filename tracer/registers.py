@@ -18,11 +18,12 @@ import os
 import threading
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Generic, TypeVar
 
 from tracer.corefile import REGISTERS, SYSCALL_ARGUMENTS
 from tracer.errors import HostError, NotPermitted, TargetExited
+from tracer.records import dataclass
 from tracer.target import Target, Thread
 
 PTRACE_DETACH, PTRACE_GETREGSET, PTRACE_SEIZE, PTRACE_INTERRUPT = 17, 0x4204, 0x4206, 0x4207

@@ -6,13 +6,10 @@ Knows: formats. Does not know where values come from.
 from __future__ import annotations
 
 import json
-import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from typing import Any, Protocol, TextIO
-
-from tabulate import tabulate
 
 from tracer.events import (
     Alert,
@@ -48,9 +45,20 @@ WIDTH = 79
 
 def wrapped(text: str) -> str:
     """Indented lines of at most WIDTH characters; long names are not cut."""
-    return textwrap.fill(
-        text, WIDTH, initial_indent="  ", subsequent_indent="  ", break_long_words=False, break_on_hyphens=False
-    )
+    return _filled(text, initial_indent="  ", break_long_words=False, break_on_hyphens=False)
+
+
+def _filled(text: str, **how: Any) -> str:
+    import textwrap
+
+    return textwrap.fill(text, WIDTH, subsequent_indent="  ", **how)
+
+
+def _get_ready() -> None:
+    """Import what tables need, which takes long, now that it has been told that all is attached."""
+    import textwrap  # noqa: F401
+
+    import tabulate  # noqa: F401
 
 
 class Writer(Protocol):
@@ -346,6 +354,7 @@ class TableWriter:
             f"{self._of(event)}attached to {event.pid} in {event.startup_s:.2f} s: {probes}, "
             f"{event.in_flight} requests in flight. Ctrl-C ends it."
         )
+        _get_ready()
 
     def _counts(self, event: Counts) -> str:
         requests = event.requests
@@ -363,13 +372,13 @@ class TableWriter:
             if value is not None and (value or name not in ("cancelled", "late"))
         ]
         title = f"summary of {event.period_s:.1f} s" if event.final else f"last {event.period_s:.1f} s"
-        lines = [textwrap.fill(f"{self._when(event)}{title}: " + ", ".join(parts), WIDTH, subsequent_indent="  ")]
+        lines = [_filled(f"{self._when(event)}{title}: " + ", ".join(parts))]
         table = self._latencies(event)
         if table:
             lines.append(table)
         if event.lost_records:
             lines.append(f"{event.lost_records} records were lost: the counts above are too low.")
-        lines += [textwrap.fill(f"note: {note}", WIDTH, subsequent_indent="  ") for note in event.notes]
+        lines += [_filled(f"note: {note}") for note in event.notes]
         return "\n".join(lines)
 
     def _latencies(self, event: Counts) -> str:
@@ -383,6 +392,8 @@ class TableWriter:
         rows = [row for row in rows if row[1]]
         if not rows:
             return ""
+        from tabulate import tabulate
+
         return tabulate(
             rows,
             headers=["", "requests", "p50", "p90", "p99", "max"],
@@ -489,6 +500,8 @@ def _rows(rows: Sequence[Sequence[str]], headers: Sequence[str]) -> str:
     columns = list(zip(headers, *rows, strict=True))
     taken = sum(max(len(cell) for cell in column) + 2 for column in columns[:-1])
     wrap = [None] * (len(headers) - 1) + [WIDTH - taken]
+    from tabulate import tabulate
+
     return tabulate(rows, headers, tablefmt="plain", maxcolwidths=wrap, preserve_whitespace=True, disable_numparse=True)
 
 

@@ -10,7 +10,7 @@ Does not know what is late.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 
 from tracer.errors import FaultError, LayoutError
 from tracer.layout import RequestState
@@ -18,6 +18,7 @@ from tracer.maps import FLAG_BEFORE, FLAG_NO_CALLBACK, Record
 from tracer.memory import MemoryReader
 from tracer.pools import Pool, PoolReader, Request
 from tracer.posix_aio import read_raw
+from tracer.records import dataclass
 
 #: A list that is torn is walked once more; then what was known before is looked up by its address.
 WALKS = 2

@@ -17,7 +17,6 @@ import time
 from array import array
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 
 from tracer import __version__
 from tracer.corefile import (
@@ -43,6 +42,7 @@ from tracer.corefile import (
 from tracer.errors import FaultError, HostError, NotPermitted, TargetExited
 from tracer.live import LiveView
 from tracer.memory import CHUNK, LARGEST_ARENA, PAGE, PAGE_PRESENT_OR_SWAPPED
+from tracer.records import dataclass
 from tracer.registers import NT_PRFPREG, ThreadRegisters, take_registers
 from tracer.target import Region
 

@@ -8,23 +8,24 @@ from __future__ import annotations
 
 import os
 import select
-import subprocess
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from tracer import probes
+from tracer import kept, probes, records
 from tracer.build import Build, debug_place, read_build
 from tracer.errors import AioTraceError, HostError, NoSuchProcess, NotQemu, SitesNotFound, TargetExited
 from tracer.events import Alert, Event, Failure, Resolved
+from tracer.records import dataclass
 from tracer.spending import HitPrice
 from tracer.target import Target, list_pids, looks_like_qemu, open_target, qemu_hint
 from tracer.watch import MODES, Settings, Watch, parameters_of
 
 if TYPE_CHECKING:
+    import subprocess
+
     from tracer.nudger import Nudger
 
 FOREVER_S = 3600.0
@@ -105,9 +106,19 @@ class Session:
             for target in targets:
                 if not self._stop.requested:
                     self._start(target, started, self._options.follow or executable_of(target) in crowded)
+            self._get_ready()
             self._loop()
         finally:
             self._end()
+
+    def _get_ready(self) -> None:
+        """Import and make what only an alert needs: to be attached must not wait for it, nor must the alert."""
+        if self._options.on_alert:
+            import subprocess  # noqa: F401
+        if self._watches:
+            from tracer import eh_frame, events, home, inspect, looking, posix_aio, unwind, verdict, view
+
+            records.get_ready(eh_frame, events, home, inspect, looking, posix_aio, unwind, verdict, view)
 
     def _open(self, pid: int) -> Target | None:
         try:
@@ -178,11 +189,12 @@ class Session:
             status = os.stat(target.image_path)
             key = (status.st_dev, status.st_ino)
             if key not in self._builds:
-                self._builds[key] = read_build(
-                    target.image_path,
-                    f"process {target.pid} ({target.exe})",
-                    self._options.settings.locate_by,
-                    debug_place(target),
+                name, place = f"process {target.pid} ({target.exe})", debug_place(target)
+                only = self._options.settings.locate_by
+                self._builds[key] = (
+                    read_build(target.image_path, name, only, place)
+                    if only
+                    else kept.read_build(target.image_path, name, place)
                 )
         except NotQemu as error:
             error.hint = qemu_hint(target.pid)
@@ -213,6 +225,8 @@ class Session:
             "STATE": alert.state,
             "EXPLANATION": alert.explanation,
         }
+        import subprocess
+
         environment = {f"AIO_TRACE_{k}": str(v) for k, v in values.items() if v is not None}
         try:
             self._children.append(

@@ -9,11 +9,11 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 from tracer import hit_cost
 from tracer.budget import Budget, Decision
 from tracer.hit_cost import ASSUMED_NS, PROGRAM_NS
+from tracer.records import dataclass
 
 CHECK_S = 2.0
 #: Where the price is not known yet, a hit on an instruction that the kernel must step over is taken for this much

@@ -9,7 +9,6 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 
 from tracer.build import Loaded
 from tracer.errors import FaultError, LayoutError
@@ -17,6 +16,7 @@ from tracer.layout import RequestState
 from tracer.live import LiveView
 from tracer.looking import Finding, Looker
 from tracer.pools import Pool, PoolReader, Request
+from tracer.records import dataclass
 from tracer.verdict import LOOP_BUSY, LOST_KICK, LOST_WAKEUP, STOPPED, UNKNOWN, Verdict, judge
 
 ECANCELED = 125

@@ -8,15 +8,14 @@ from __future__ import annotations
 
 import errno
 import os
-import platform
 import re
 import struct
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from functools import cached_property
 
 from tracer.errors import NoSuchProcess, NotPermitted, NotQemu, TargetExited
+from tracer.records import dataclass
 
 AT_ENTRY = 9
 
@@ -45,7 +44,7 @@ _SYSCALLS_GENERIC = {
     287: "pwritev2", 426: "io_uring_enter", 437: "openat2", 441: "epoll_pwait2", 449: "futex_waitv",
 }  # fmt: skip
 
-SYSCALLS = _SYSCALLS_X86_64 if platform.machine() == "x86_64" else _SYSCALLS_GENERIC
+SYSCALLS = _SYSCALLS_X86_64 if os.uname().machine == "x86_64" else _SYSCALLS_GENERIC
 
 RESTART_SYSCALL = 219
 _FUTEX_WAIT_BITSET = (0x89, 0x189)
@@ -129,8 +128,9 @@ class Region:
 LONG_NAME = "(a file whose path is longer than 4 KiB)"
 
 #: Programs of QEMU, by the executable's name, that have no thread pool: helpers, and emulators of user programs.
-NO_POOL = re.compile(
-    r"^qemu-(ga|pr-helper|bridge-helper|vmsr-helper|keymap|edid|(?!system|storage|img|nbd|io|kvm|dm)[a-z0-9_]+(-static)?)$"
+NO_POOL = (
+    r"^qemu-(ga|pr-helper|bridge-helper|vmsr-helper|keymap|edid|"
+    r"(?!system|storage|img|nbd|io|kvm|dm)[a-z0-9_]+(-static)?)$"
 )
 
 
@@ -366,7 +366,7 @@ def looks_like_qemu(pid: int) -> bool:
 def is_qemu_name(name: str) -> bool:
     """Whether a program of that name may have QEMU's block layer in it."""
     name = name.removesuffix(" (deleted)")
-    return re.search(r"qemu|^kvm\b", name) is not None and not NO_POOL.match(name)
+    return re.search(r"qemu|^kvm\b", name) is not None and not re.match(NO_POOL, name)
 
 
 def qemu_hint(pid: int) -> str:

@@ -14,7 +14,7 @@ import mmap
 import os
 import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Protocol
 
 from tracer.eh_frame import (
@@ -33,6 +33,7 @@ from tracer.eh_frame import (
 from tracer.elf import Image
 from tracer.errors import AioTraceError, FaultError, ImageError
 from tracer.memory import PAGE, MemoryReader
+from tracer.records import dataclass
 from tracer.target import Region
 from tracer.view import Frame, Stack
 

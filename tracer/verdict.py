@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from tracer.layout import RequestState
+from tracer.records import dataclass
 
 LOST_WAKEUP = "lost-wakeup"
 LOST_KICK = "lost-kick"
@@ -36,15 +36,18 @@ SEVERITY = (
 )
 
 COMPLETION_BH = "thread_pool_completion_bh"
-#: Waits for all requests, or for those of one node or drive, to end (block/io.c, block/block-backend.c).
-DRAINS = re.compile(r"(bdrv|blk)_(co_|subtree_|do_)?drain|bdrv_graph_wrlock")
 #: Frames that an alert shows of a stack.
 MAX_FRAMES = 20
 
 
 def draining(functions: Sequence[str]) -> str | None:
     """The outermost function that drains, of a stack's functions, innermost first."""
-    return next((name for name in reversed(functions) if DRAINS.match(name)), None)
+    return next((name for name in reversed(functions) if _drains(name)), None)
+
+
+def _drains(function: str) -> bool:
+    """Whether it waits for all requests, or those of one node or drive, to end (block/io.c, block/block-backend.c)."""
+    return re.match(r"(bdrv|blk)_(co_|subtree_|do_)?drain|bdrv_graph_wrlock", function) is not None
 
 
 def nested_wait(functions: Sequence[str]) -> bool:
@@ -275,14 +278,16 @@ def _starved(looks: tuple[Look, ...]) -> bool:
 
 def _under(facts: Facts) -> str:
     """The innermost of QEMU's own functions on the home thread's stack, in words; they are named by their prefix."""
-    functions = [name for name in facts.stack.functions if not _LIBRARY.match(name)]
+    functions = [name for name in facts.stack.functions if not _of_a_library(name)]
     if COMPLETION_BH in functions:
         return f" inside the completion bottom half (under {functions[0]})"
     return f" (under {functions[0]})" if functions else ""
 
 
-#: Functions of libc and glib, and QEMU's wrappers of them, which say nothing about what the thread is at.
-_LIBRARY = re.compile(r"_|g_|pthread|qemu_(mutex|cond|sem|futex|open|poll)|(pp?oll|epoll_\w+|open\w*|read|write)$")
+def _of_a_library(function: str) -> bool:
+    """Functions of libc and glib, and QEMU's wrappers of them, say nothing about what the thread is at."""
+    known = r"_|g_|pthread|qemu_(mutex|cond|sem|futex|open|poll)|(pp?oll|epoll_\w+|open\w*|read|write)$"
+    return re.match(known, function) is not None
 
 
 def _judge_active(facts: Facts) -> Verdict:

@@ -7,11 +7,11 @@ stacks are made by tracer/unwind.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import Protocol
 
 from tracer.elf import Image
 from tracer.memory import MemoryReader
+from tracer.records import dataclass
 from tracer.target import Region, Thread
 
 

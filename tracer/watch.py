@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import field
 
 from tracer import figures, posix_aio, probes
 from tracer.budget import Decision
@@ -26,12 +26,12 @@ from tracer.events import (
     Stepped,
     TargetEnded,
 )
-from tracer.inspect import PATIENCE_S, stuck, workers_asleep_s
 from tracer.layout import RequestState
 from tracer.live import LiveView
 from tracer.looking import Finding, Looker
 from tracer.maps import FLAG_NO_CALLBACK, Record, Statistics, Subject
 from tracer.pools import Pool
+from tracer.records import dataclass
 from tracer.sampling import MemorySampler
 from tracer.sites.model import CALLBACK, DONE, SITE_NAMES
 from tracer.spending import HitPrice, Spending
@@ -357,6 +357,8 @@ class Watch:
         suspects = {address: record for address, record in records.items() if self._suspicious(sampler, record, now)}
         if not suspects or now < self._next_proof:
             return records
+        from tracer.inspect import PATIENCE_S, stuck
+
         left = min(self._limit_of(record) or now for record in suspects.values()) - now - self._sample_s
         patience_s = min(PATIENCE_S, max(left, PATIENCE_S / 2))
         seen = stuck(self._view, self._loaded, sampler.pools_of(set(suspects)), patience_s)
@@ -384,6 +386,8 @@ class Watch:
         """Since when the finished ones have been so: no worker has run since then."""
         finished = [record.request for record in proved if record.done_ns and record.request not in self._alerted]
         if finished:
+            from tracer.inspect import workers_asleep_s
+
             asleep = workers_asleep_s(self._view, self._loaded)
             for address in finished:
                 sampler.finished_by(address, time.monotonic_ns() - int(asleep * 1e9))

@@ -6,6 +6,7 @@
  *   sN dN cN   request N passes the site submit, done, callback
  *   xN nN      request N is cancelled (ret = -ECANCELED); has no callback function
  *   tN=T       request N has that aio_type; T = 0: its arg cannot be read
+ *   fN=F       request N is on that file
  *   rN         N requests pass all three sites, done in worker threads, submit and callback in this one
  *   qN         as rN, but each may be called back and its memory used again before its worker reaches done
  *
@@ -146,6 +147,7 @@ static void obey(char *word)
         args[number].aio_type = (int)strtol(rest + 1, NULL, 0);
         elements[number].arg = args[number].aio_type ? &args[number] : (void *)1;
         break;
+    case 'f': args[number].fd = (int)strtol(rest + 1, NULL, 0); break;
     case 'r': hasty = 0; run(number); break;
     case 'q': hasty = 1; run(number); break;
     default: fprintf(stderr, "what is %s?\n", word); exit(2);

@@ -222,10 +222,18 @@ def test_done_and_callback_alone(pool: Miniature, variant: Variant) -> None:
         assert left.done_ns > 0
 
 
-@pytest.fixture(params=[0, 1], ids=["in a set", "besides"])
-def slot(request: pytest.FixtureRequest, pool: Miniature) -> int:
+@pytest.fixture
+def slot(request: pytest.FixtureRequest) -> int:
     """A request; those before it in the list have filled the sets of small() where it is to be besides."""
     return 64 if request.param else 0
+
+
+IN_A_SET_AND_BESIDES = pytest.mark.parametrize(
+    ("variant", "slot"),
+    [(Variant(), 0), (Variant(), 1), (Variant(atomics=False), 0), (Variant(shared=True), 1)],
+    ids=["in a set", "besides", "no atomics", "shared, besides"],
+    indirect=True,
+)
 
 
 def crowd(stage: str, slot: int) -> str:
@@ -233,6 +241,7 @@ def crowd(stage: str, slot: int) -> str:
     return " ".join(f"{stage}{other}" for other in range(slot))
 
 
+@IN_A_SET_AND_BESIDES
 def test_a_callback_that_came_first_is_no_record(pool: Miniature, variant: Variant, settled: None, slot: int) -> None:
     """What stands for it is cleared away by its done hit, and by that one only."""
     with attached(pool, ALERT_ONLY, small(max_requests=100)) as loaded:
@@ -250,6 +259,7 @@ def test_a_callback_that_came_first_is_no_record(pool: Miniature, variant: Varia
         assert counts(loaded) == {"done": slot + 2, "completed": 1}
 
 
+@IN_A_SET_AND_BESIDES
 def test_a_callback_that_came_first_long_ago(
     pool: Miniature, variant: Variant, settled: None, slot: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -284,6 +294,7 @@ def test_a_done_that_comes_late_while_the_probes_are_attached(pool: Miniature, v
         assert loaded.records() == {}
 
 
+@IN_A_SET_AND_BESIDES
 def test_cancelled_without_submit(pool: Miniature, variant: Variant, settled: None, slot: int) -> None:
     """Also where a callback came first at this address."""
     with attached(pool, ALERT_ONLY, small(max_requests=100)) as loaded:
@@ -294,27 +305,62 @@ def test_cancelled_without_submit(pool: Miniature, variant: Variant, settled: No
         assert len(loaded.records()) == slot
 
 
-@pytest.mark.parametrize("bit", range(8))
-def test_kinds(pool: Miniature, bit: int) -> None:
+def kind_of(pool: Miniature, loaded: Probes, aio_type: int) -> str:
+    """As what one request of that type is counted."""
+    before = {subject: seen.completed for subject, seen in loaded.statistics().items()}
+    pool.do(f"t0={aio_type} s0 d0 c0")
+    after = {subject: seen.completed for subject, seen in loaded.statistics().items()}
+    ((kind, _fd),) = (subject for subject in after if after[subject] == before.get(subject, 0) + 1)
+    return kind
+
+
+def test_kinds(pool: Miniature) -> None:
     """The bits of RawPosixAIOData.aio_type, with or without flags such as QEMU_AIO_BLKDEV."""
     with attached(pool) as loaded:
-        pool.do(f"t0={1 << bit} s0 d0 c0 t1={1 << bit | 0x2000} s1 d1 c1")
-        assert {kind for (kind, _fd), seen in loaded.statistics().items() if seen.submitted} == {KINDS[bit + 1]}
-        assert total(loaded).completed == 2
+        assert [kind_of(pool, loaded, 1 << bit) for bit in range(8)] == list(KINDS[1:])
+        assert [kind_of(pool, loaded, 1 << bit | 0x2000) for bit in range(8)] == list(KINDS[1:])
+        assert kind_of(pool, loaded, 0x30) == "write-zeroes"  # and unmap where that can be done
 
 
-def test_zeroes_that_may_unmap(pool: Miniature) -> None:
-    with attached(pool) as loaded:
-        pool.do("t0=0x30 s0 d0 c0")
-        assert {kind for (kind, _fd), seen in loaded.statistics().items() if seen.submitted} == {"write-zeroes"}
-
-
-@pytest.mark.parametrize("aio_type", [0, 3, 0x100, 0x18000, -1])
-def test_arguments_of_others(pool: Miniature, aio_type: int) -> None:
+def test_arguments_of_others(pool: Miniature) -> None:
     """No kind is guessed for qcow2's compression and its like, or where the argument cannot be read."""
     with attached(pool) as loaded:
-        pool.do(f"t0={aio_type} s0 d0 c0")
-        assert {kind for (kind, _fd), seen in loaded.statistics().items() if seen.submitted} == {"other"}
+        kinds = {aio_type: kind_of(pool, loaded, aio_type) for aio_type in (0, 3, 0x100, 0x18000, -1)}
+        assert set(kinds.values()) == {"other"}, kinds
+        assert {fd for (_kind, fd), seen in loaded.statistics().items() if seen.completed} == {None}
+
+
+def test_files(pool: Miniature, variant: Variant) -> None:
+    """Requests are counted by the descriptor in their arguments, the largest and 0 as well."""
+    with attached(pool) as loaded:
+        pool.do("t0=1 f0=7 s0 d0 c0 s0 d0 c0 t1=2 f1=7 s1 d1 c1 t2=2 f2=0 s2 d2 c2 t3=8 f3=2147483647 s3 t4=1 f4=-1 s4")
+        seen = {subject: (each.submitted, each.completed) for subject, each in loaded.statistics().items()}
+        assert seen == {
+            ("read", 7): (2, 2),
+            ("write", 7): (1, 1),
+            ("write", 0): (1, 1),
+            ("flush", 2147483647): (1, 0),
+            ("read", None): (1, 0),
+            ("other", None): (0, 0),
+        }
+        assert loaded.records()[pool.element(3)].subject == ("flush", 2147483647)
+
+
+def test_more_files_than_are_told_apart(pool: Miniature, variant: Variant, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those are counted by their kind only: none is lost."""
+    monkeypatch.setattr(probes, "MAX_STATISTICS", len(KINDS) + 3)
+    with attached(pool) as loaded:
+        pool.do(" ".join(f"t{slot}={1 + slot % 2} f{slot}={slot} s{slot} d{slot} c{slot}" for slot in range(20)))
+        seen = loaded.statistics()
+        assert counts(loaded) == {"submitted": 20, "done": 20, "completed": 20}
+        assert {subject for subject, each in seen.items() if each.completed} == {
+            ("read", 0),
+            ("write", 1),
+            ("read", 2),
+            ("read", None),
+            ("write", None),
+        }
+        assert (seen["read", None].completed, seen["write", None].completed) == (8, 9)
 
 
 def test_requests_from_before(pool: Miniature, variant: Variant) -> None:
@@ -391,6 +437,7 @@ def test_adopting_late(pool: Miniature, variant: Variant) -> None:
         assert counts(loaded) == {"submitted": 1, "done": 1, "completed": 1}
 
 
+@IN_A_SET_AND_BESIDES
 def test_adopting_changes_nothing_that_probes_saw(pool: Miniature, variant: Variant, slot: int) -> None:
     with attached(pool, what=small(max_requests=100)) as loaded:
         pool.do(f"{crowd('s', slot)} s{slot} d{slot}")
@@ -408,6 +455,7 @@ def test_adopting_again_marks_what_became_done_meanwhile(pool: Miniature, varian
         assert (record.submit_ns, record.done_ns) == (5, 9)
 
 
+@IN_A_SET_AND_BESIDES
 def test_forgetting_takes_the_very_record_only(pool: Miniature, variant: Variant, slot: int) -> None:
     with attached(pool, what=small(max_requests=100)) as loaded:
         pool.do(f"{crowd('s', slot)} s{slot}")

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.kernel.attaching import ALERT_ONLY, Variant, attached, counts, load, open_kernel_objects
+from tests.kernel.attaching import ALERT_ONLY, attached, counts, load, open_kernel_objects
 from tests.kernel.miniature import ELEMENT, Miniature, sites_of
 from tracer import cache, probes
-from tracer.compiler import Compiled, CompilerFailed, compile_apart
-from tracer.errors import NotPermitted, ProbeError
+from tracer.compiler import BccNotFound, Compiled, CompilerFailed, compile_apart
+from tracer.errors import BccMissing, NotPermitted, ProbeError
 from tracer.probes import DEFAULT_PARAMETERS, Parameters, compile_flags, programs
 
 
@@ -55,24 +55,23 @@ def works(pool: Miniature, names: tuple[str, ...] = ("submit", "done", "callback
         assert counts(loaded)["completed"] == 23
 
 
-def test_the_second_time_nothing_is_compiled(pool: Miniature, variant: Variant, compilations: Compilations) -> None:
-    works(pool)
-    assert compilations.count == 1
+def test_the_second_time_nothing_is_compiled(
+    pool: Miniature, compilations: Compilations, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not even bcc is needed for what was compiled before."""
     works(pool)
     assert compilations.count == 1
     works(pool, ALERT_ONLY)
     assert compilations.count == 2
 
-
-def test_without_the_compiler(pool: Miniature, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Not even bcc is needed for what was compiled before."""
-    works(pool)
-
     def forbidden(*_: object) -> None:
-        raise AssertionError("compiled again")
+        raise BccNotFound("no module named bcc")
 
     monkeypatch.setattr(probes, "compile_apart", forbidden)
     works(pool)
+    works(pool, ALERT_ONLY)
+    with pytest.raises(BccMissing):
+        load(pool, what=Parameters(set_bits=3))
 
 
 @pytest.fixture(scope="module")
@@ -121,7 +120,7 @@ def test_what_will_not_do_is_compiled_again(
     probes._has_multi()
     key, held = key_of(pool), open_kernel_objects()
     cache.store("programs", key, good.to_bytes())
-    works(pool)
+    load(pool).close()
     assert compilations.count == 0
     cache.store("programs", key, strange(good))
     works(pool)

@@ -21,8 +21,8 @@ ROOT = Path(__file__).resolve().parents[2]
 # from earlier lines; neighbours on one line do not know each other.
 STAGES: tuple[tuple[str, ...], ...] = (
     ("tracer", "bpf"),
-    ("tracer.errors", "tracer.cache", "tracer.kernel", "tracer.maps", "tracer.compiler"),
-    ("tracer.layout", "tracer.known_bugs", "tracer.budget"),
+    ("tracer.errors", "tracer.cache", "tracer.records", "tracer.kernel"),
+    ("tracer.layout", "tracer.known_bugs", "tracer.budget", "tracer.maps", "tracer.compiler"),
     ("tracer.target", "tracer.elf"),
     ("tracer.debug_files",),
     ("tracer.sites", "tracer.eh_frame"),
@@ -32,7 +32,7 @@ STAGES: tuple[tuple[str, ...], ...] = (
     ("tracer.live", "tracer.core", "tracer.registers"),
     ("tracer.pools",),
     ("tracer.home", "tracer.posix_aio", "tracer.coroutine", "tracer.build"),
-    ("tracer.probes", "tracer.verdict"),
+    ("tracer.probes", "tracer.verdict", "tracer.kept"),
     ("tracer.events",),
     ("tracer.host",),
     ("tracer.check", "tracer.figures", "tracer.looking", "tracer.sampling", "tracer.report"),

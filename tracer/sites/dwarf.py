@@ -10,13 +10,14 @@ from __future__ import annotations
 import struct
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from io import BytesIO
 from itertools import islice
 from typing import Any
 
 from tracer.elf import Image
 from tracer.layout import BottomHalfLayout, ElementLayout, Layout, PoolLayout
+from tracer.records import dataclass
 from tracer.sites.model import Located
 from tracer.sites.pool_code import locate_by_code
 from tracer.sites.program import AnyNames, DynamicNames, Program

@@ -6,9 +6,10 @@ Knows: addresses as the ELF file gives them (before relocation). Does not know b
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 
 from tracer.layout import Layout
+from tracer.records import dataclass
 
 SUBMIT = "submit"
 DONE = "done"

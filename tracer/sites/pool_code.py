@@ -8,9 +8,10 @@ lead where no name does. Names only begin the search; what is found proves itsel
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 
 from tracer.layout import BottomHalfLayout, ElementLayout, Layout, PoolLayout
+from tracer.records import dataclass
 from tracer.sites import hints
 from tracer.sites.bottom_half import bottom_half_layout, schedules_with_barrier, takes_off_atomically
 from tracer.sites.flow import Const, Flow, FlowError, Load, Returned

@@ -8,9 +8,10 @@ any function's name. Each reader returns what one function shows, or raises NotP
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from tracer.layout import RequestState
+from tracer.records import dataclass
 from tracer.sites.flow import (
     Argument,
     Called,
