@@ -52,8 +52,9 @@ SEARCH_S, SEARCH_SOON_S = 60.0, 1.0
 #: So much of the time goes into that at most, with a pool and without.
 SEARCH_SHARE, SEARCH_SHARE_FIRST = 1 / 400, 1 / 20
 #: Without probes, how long before the deadline a request is to be proved stuck, besides the time between two
-#: samples, by which it may be older than it looks; and the pause after a proof that failed; seconds.
-PROOF_S, FAILED_S = PATIENCE_S + 0.05, 0.25
+#: samples, by which it may be older than it looks: PATIENCE_S of tracer.inspect and a little; and the pause after a
+#: proof that failed; seconds.
+PROOF_S, FAILED_S = 0.25, 0.25
 #: A scan a little after the deadline sees the request as overdue; seconds.
 MARGIN_S = 0.002
 
