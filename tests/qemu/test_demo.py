@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.qemu.hanging import askable, communicate
 from tests.qemu.tracing import PATIENCE_S, ROOT
 
 
@@ -61,14 +62,19 @@ def test_the_whole_story(folder: Path, options: tuple[str, ...]) -> None:
 @pytest.mark.parametrize(
     ("number", "after_s"), [(signal.SIGINT, 1.0), (signal.SIGTERM, 2.0), (signal.SIGINT, 5.0), (signal.SIGTERM, 9.0)]
 )
-def test_interrupted(folder: Path, number: signal.Signals, after_s: float) -> None:
+def test_interrupted(folder: Path, tmp_path: Path, number: signal.Signals, after_s: float) -> None:
     """Any moment will do: it ends by itself, without a traceback, and leaves nothing."""
+    tracebacks = tmp_path / "tracebacks"
     demo = subprocess.Popen(
-        DEMO, env=os.environ | {"TMPDIR": str(folder)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        askable(tracebacks, DEMO),
+        env=os.environ | {"TMPDIR": str(folder)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     )
     time.sleep(after_s)
     demo.send_signal(number)
-    _, errors = demo.communicate(timeout=PATIENCE_S)
+    _, errors = communicate(demo, PATIENCE_S, tracebacks)
     assert "Traceback" not in errors
     assert "Exception" not in errors
     assert left_of(folder) == []
