@@ -209,7 +209,7 @@ def test_a_busy_guest_raises_no_alarm() -> None:
     """A Linux guest that writes, reads and flushes with four jobs; the long form is `make soak`."""
     workload = Workload(mix=("write", "read", "flush"), pause=0, jobs=4)
     with guest(workload, Drive(iothread="io0")) as machine, traced(machine.pid, "--deadline", "1s") as trace:
-        time.sleep(float(os.environ.get("AIO_TRACE_SOAK_S", "20")))
+        time.sleep(float(os.environ.get("AIO_TRACE_SOAK_S", "8")))
         assert trace.finish() == 0
         assert not machine.failures()
     assert trace.named("alert") == []
