@@ -46,6 +46,7 @@ test-matrix: root packages-matrix $(VENV)/.dev ## Live tests on the QEMUs of oth
 soak: root packages-test $(VENV)/.dev ## The tests' long forms, hours of them (root)
 	@AIO_TRACE_SOAK_S=120 AIO_TRACE_REPEAT=20 AIO_TRACE_INSPECT_LOAD=10000 AIO_TRACE_MUTATIONS=1000 \
 	AIO_TRACE_MUTANTS=10000 AIO_TRACE_MATRIX=1 AIO_TRACE_NUDGE_ROUNDS=100 AIO_TRACE_NUDGE_REFUSALS=1000 \
+	AIO_TRACE_BENCH_ROUNDS=2 \
 	$(BIN)/python -m pytest --override-ini timeout=10800 $(RINGS)
 
 .PHONY: bench

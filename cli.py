@@ -291,8 +291,11 @@ def _trace(pids: Sequence[int], everything: bool, options: Any, as_json: bool, v
     return EXIT_FAILED if session.failures else EXIT_OK
 
 
-class Interrupted(BaseException):
-    """Ctrl-C or SIGTERM where a plain unwinding is the way to clean up."""
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C or SIGTERM where a plain unwinding is the way to clean up.
+
+    A KeyboardInterrupt, since asyncio swallows any other exception that a signal handler raises in a callback.
+    """
 
 
 def _interrupt(_number: int, _frame: Any) -> None:

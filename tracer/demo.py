@@ -28,6 +28,7 @@ DEADLINE_S = 1.0
 INTERVAL_S = 3.0
 STANDSTILL_S = 3.0
 PATIENCE_S = 30.0
+JOIN_S = 20.0
 STEPS = 6
 DRAIN_STEPS = 3
 
@@ -51,7 +52,8 @@ class Demo:
         self._drain = drain
         self._emit = emit
         self._progress = progress
-        self._events: queue.Queue[Event | BaseException] = queue.Queue()
+        # Not a Queue, whose lock stays taken for ever when a signal handler raises at the wrong moment.
+        self._events: queue.SimpleQueue[Event | BaseException] = queue.SimpleQueue()
         self._step = 0
 
     def run(self) -> None:
@@ -80,13 +82,16 @@ class Demo:
         stop = Stop()
         options = Options(Settings(deadline_s=DEADLINE_S), interval_s=INTERVAL_S)
         session = Session([machine.pid], options, self._on_event, stop)
-        thread = threading.Thread(target=self._trace, args=(session,), name="aio-trace")
-        thread.start()
+        thread = threading.Thread(target=self._trace, args=(session,), name="aio-trace", daemon=True)
         try:
+            thread.start()
             yield
         finally:
             stop.request()
-            thread.join()
+            if thread.ident is not None:
+                thread.join(JOIN_S)
+            if thread.is_alive():
+                raise LabError(f"the trace has not ended {JOIN_S:.0f} s after it was told to; it is left behind")
 
     def _trace(self, session: Session) -> None:
         try:

@@ -61,7 +61,7 @@ class SocketMonitor:
         self._timeout_s = timeout_s
         # What goes wrong comes as exceptions; the library's log would say it twice.
         logging.getLogger("qemu.qmp").addHandler(logging.NullHandler())
-        connection = _connected(path, target, timeout_s)
+        self._connection = connection = _connected(path, target, timeout_s)
         self._client = QMPClient("aio-trace")
         self._loop = asyncio.new_event_loop()
         try:
@@ -69,7 +69,6 @@ class SocketMonitor:
             self._greet(connection)
         except BaseException:
             self.close()
-            connection.close()
             raise
 
     def _check_greeting(self, connection: socket.socket) -> None:
@@ -120,17 +119,27 @@ class SocketMonitor:
         return line
 
     def close(self) -> None:
-        """Give the monitor back; QEMU serves one client a socket at a time."""
+        """Give the monitor back, in whatever state it is; QEMU serves one client a socket at a time."""
         if self._loop.is_closed():
             return
-        with suppress(QMPError, OSError, EOFError, TimeoutError):
-            self._loop.run_until_complete(asyncio.wait_for(self._client.disconnect(), GOODBYE_S))
-        tasks = asyncio.all_tasks(self._loop)
-        for task in tasks:
-            task.cancel()
-        if tasks:
-            self._loop.run_until_complete(asyncio.wait(tasks, timeout=GOODBYE_S))
-        self._loop.close()
+        try:
+            # After an interruption in the midst of the loop anything may fail here, once.
+            with suppress(Exception):
+                self._loop.run_until_complete(asyncio.wait_for(self._client.disconnect(), GOODBYE_S))
+            self._end_tasks()
+        finally:
+            self._loop.close()
+            self._connection.close()
+
+    def _end_tasks(self) -> None:
+        """Cancel what still runs; twice, since a stop of the loop may be left from an interruption."""
+        for _ in range(2):
+            tasks = asyncio.all_tasks(self._loop)
+            for task in tasks:
+                task.cancel()
+            if tasks:
+                with suppress(Exception):
+                    self._loop.run_until_complete(asyncio.wait(tasks, timeout=GOODBYE_S))
 
 
 class VirshMonitor:

@@ -39,7 +39,7 @@ REQUEST_FIELDS = {
     *("func", "callback", "opaque", "coroutine", "coroutine_entry"),
 }
 #: How often `inspect` looks at a QEMU under full load; the long form is asked for by the environment.
-UNDER_LOAD = int(os.environ.get("AIO_TRACE_INSPECT_LOAD", "200"))
+UNDER_LOAD = int(os.environ.get("AIO_TRACE_INSPECT_LOAD", "80"))
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -316,7 +316,7 @@ class _MutatedView:
 
 
 #: How many seeds; the long form is asked for by the environment.
-MUTATIONS = int(os.environ.get("AIO_TRACE_MUTATIONS", "60"))
+MUTATIONS = int(os.environ.get("AIO_TRACE_MUTATIONS", "40"))
 
 
 def _mutated(pid: int) -> Iterator[tuple[int, Diagnosis]]:

@@ -9,8 +9,9 @@ import sys
 import textwrap
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import FrameType
 
 import pytest
 
@@ -19,7 +20,7 @@ from tracer.lab import faults
 from tracer.lab.guest import OPERATIONS, Guest, Workload, guest
 from tracer.lab.kicks import lose_kick
 from tracer.lab.nbd import KINDS
-from tracer.lab.process import MARKER, TOKEN, continue_process, is_own, peek, poke, stop_process, wait_until
+from tracer.lab.process import MARKER, TOKEN, continue_process, end, is_own, peek, poke, stop_process, wait_until
 from tracer.lab.qemu import Drive, Qemu, TraceCounts, paused
 from tracer.lab.storage import storage
 from tracer.layout import RequestState
@@ -27,6 +28,8 @@ from tracer.target import open_target
 
 REPOSITORY = Path(__file__).parents[2]
 REQUEST_KINDS = sorted(set(KINDS) - {"unknown"})
+#: How often a guest's requests are lost and freed; the long form is asked for by the environment.
+LOSSES = int(os.environ.get("AIO_TRACE_REPEAT", "1"))
 
 # Counts, by QEMU's own trace
 
@@ -117,7 +120,7 @@ def test_the_guest_stands_still_when_its_completion_is_lost(live_guest: Guest) -
 def test_no_data_is_lost_with_the_completion(image_format: str, iothread: str | None) -> None:
     workload = Workload(mix=OPERATIONS, pause=0)
     with guest(workload, Drive(format=image_format, iothread=iothread)) as machine:
-        for _ in range(3):
+        for _ in range(LOSSES):
             faults.lose_guest_io(machine).free()
             machine.wait_progress(5)
         assert machine.failures() == []
@@ -259,6 +262,55 @@ def test_an_ended_lab_leaves_no_qemu(number: signal.Signals, tmp_path: Path) -> 
         lab.send_signal(number)
     wait_until(lambda: not qemu.alive, what="QEMU to end")
     assert number == signal.SIGKILL or not Path(folder).exists()
+
+
+class Raised(BaseException):
+    """What a signal handler raises."""
+
+
+def raising_at(number: int) -> Callable[[FrameType, str, object], object]:
+    """A trace function that raises at that line of the lab's own code and of json's."""
+    left = number
+
+    def trace(frame: FrameType, event: str, _: object) -> object:
+        nonlocal left
+        if not {"lab", "json"} & set(Path(frame.f_code.co_filename).parts):
+            return None
+        if event == "line":
+            left -= 1
+            if left < 0:
+                raise Raised
+        return trace
+
+    return trace
+
+
+def test_an_interruption_anywhere_in_a_command_harms_nothing(paused_qemu: Qemu) -> None:
+    """The next command is answered by its own answer, and the end waits for nothing."""
+    before = sys.gettrace()
+    for number in range(1000):
+        sys.settrace(raising_at(number))
+        try:
+            paused_qemu.qmp("query-block")
+            break
+        except Raised:
+            pass
+        finally:
+            sys.settrace(before)
+        assert paused_qemu.qmp("query-status")["status"] == "prelaunch"
+    assert 20 < number < 999
+    paused_qemu.close()
+    assert not paused_qemu.folder.exists()
+
+
+def test_a_process_is_ended_whatever_popen_believes() -> None:
+    """A signal handler that raises at the wrong moment leaves Popen's lock taken; wait() would wait for ever."""
+    child = subprocess.Popen(["sleep", "600"])
+    child._waitpid_lock.acquire()  # type: ignore[attr-defined]
+    end(child)
+    assert child.returncode == -signal.SIGKILL
+    with pytest.raises(ProcessLookupError):
+        os.kill(child.pid, 0)
 
 
 def test_a_qemu_that_does_not_start_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,6 +15,9 @@ from tracer.lab.process import continue_process, stop_process
 from tracer.lab.qemu import Drive, Qemu, paused, storage_daemon
 
 KINDS = ("write", "read", "flush", "discard")
+DEADLINES = ["200ms", "1s", "2s", *(["5s"] if "AIO_TRACE_SOAK_S" in os.environ else [])]
+#: A late request is judged anew after a second; seconds.
+SECOND_LOOK_S = 1.3
 REQUEST_FIELDS = {
     *("event", "time", "pid", "request", "pool", "context", "kind", "file", "offset", "bytes", "state", "ret"),
     *("age_s", "deadline_s", "overdue_s", "cause", "explanation", "evidence", "seen_from"),
@@ -101,7 +104,7 @@ def test_a_lost_completion_is_named(qemu: Qemu, pool: faults.PoolHandle, kind: s
     assert trace.summary["requests"]["in_flight"] == 0
 
 
-@pytest.mark.parametrize("deadline", ["200ms", "1s", "5s"])
+@pytest.mark.parametrize("deadline", DEADLINES)
 def test_the_alert_comes_at_the_deadline(qemu: Qemu, pool: faults.PoolHandle, deadline: str) -> None:
     """Never before the deadline and no later than 100 ms after it, by the target's own clock."""
     with traced(qemu.pid, "--deadline", deadline) as trace:
@@ -163,14 +166,14 @@ def test_the_storage_daemon_too() -> None:
 
 
 def test_a_stuck_main_loop_is_no_lost_wakeup() -> None:
-    """The main loop hangs in a system call for 3 s: said so, by name, and resolved after it."""
+    """The main loop hangs in a system call: said so, by name, and resolved after it."""
     with paused() as machine:
         machine.request("d0", "write")
         handle = faults.pool_of(machine, "d0")
         with traced(machine.pid, "--deadline", "500ms") as trace:
             with faults.stalled_completion(machine, "d0", handle):
                 alert = trace.expect("alert")
-                time.sleep(3)
+                time.sleep(SECOND_LOOK_S)
             trace.expect("resolved")
             assert trace.finish() == 3
     assert {event["cause"] for event in trace.named("alert")} == {"loop-blocked"}
@@ -183,7 +186,7 @@ def test_a_busy_main_loop_is_no_lost_wakeup() -> None:
     with paused([Drive(size=256 << 20)]) as machine:
         machine.request("d0", "write")
         with traced(machine.pid, "--deadline", "300ms") as trace:
-            with faults.busy_main_loop(machine, 3, ahead='qemu-io d0 "aio_write 0 128M"'):
+            with faults.busy_main_loop(machine, 2, ahead='qemu-io d0 "aio_write 0 128M"'):
                 alert = trace.expect("alert")
             trace.expect("resolved")
             assert trace.finish() == 3
@@ -209,7 +212,7 @@ def test_a_busy_guest_raises_no_alarm() -> None:
     """A Linux guest that writes, reads and flushes with four jobs; the long form is `make soak`."""
     workload = Workload(mix=("write", "read", "flush"), pause=0, jobs=4)
     with guest(workload, Drive(iothread="io0")) as machine, traced(machine.pid, "--deadline", "1s") as trace:
-        time.sleep(float(os.environ.get("AIO_TRACE_SOAK_S", "20")))
+        time.sleep(float(os.environ.get("AIO_TRACE_SOAK_S", "8")))
         assert trace.finish() == 0
         assert not machine.failures()
     assert trace.named("alert") == []

@@ -28,7 +28,7 @@ from tracer.target import open_target
 
 #: How often each way frees a lost completion in these tests; 100 for the long form.
 ROUNDS = int(os.environ.get("AIO_TRACE_NUDGE_ROUNDS", "2"))
-REFUSALS = int(os.environ.get("AIO_TRACE_NUDGE_REFUSALS", "50"))
+REFUSALS = int(os.environ.get("AIO_TRACE_NUDGE_REFUSALS", "15"))
 LONG = pytest.mark.timeout(120 + 10 * ROUNDS + REFUSALS)
 MOST_PAUSE_MS = 200
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import click
@@ -236,3 +238,17 @@ def test_commands_import_what_they_need_only() -> None:
         "print([name for name in ('bcc', 'capstone', 'elftools', 'tabulate', 'qemu') if name in sys.modules])\n"
     )
     assert aio_trace(code=code).stdout == "[]\n"
+
+
+def test_an_interruption_gets_out_of_an_event_loop() -> None:
+    """asyncio swallows what a callback raises, and with it a Ctrl-C, unless it is a KeyboardInterrupt."""
+    from cli import Interrupted
+
+    def interrupted() -> None:
+        raise Interrupted
+
+    with closing(asyncio.new_event_loop()) as loop:
+        loop.call_soon(interrupted)
+        loop.call_later(60, loop.stop)
+        with pytest.raises(Interrupted):
+            loop.run_forever()

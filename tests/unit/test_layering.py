@@ -59,7 +59,7 @@ HOMES: Mapping[str, tuple[tuple[str, ...], int]] = {
     "tabulate": (("tracer.report", "tracer.report.*"), 1),
     "capstone": (("tracer.sites.x86", "tracer.sites.a64"), 2),
     "elftools": (("tracer.elf", "tracer.elf.*", "tracer.sites.dwarf"), 3),
-    "qemu": (("tracer.qmp", "tracer.lab.qemu"), 2),
+    "qemu": (("tracer.qmp",), 1),
 }
 
 # What a module must do without, because it is to be pure.

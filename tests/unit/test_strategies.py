@@ -91,6 +91,7 @@ def program(recipe: Recipe, folder: Path) -> Path:
     return build(recipe, folder)
 
 
+@cache
 def located(path: Path, strategy: str | None, place: Place | None = None) -> Located:
     with Image.open(path) as image:
         return locate(image, strategy, place)

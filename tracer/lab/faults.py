@@ -21,7 +21,8 @@ from uuid import uuid4
 from tracer.build import load, read_build
 from tracer.errors import LabError
 from tracer.lab.guest import Guest
-from tracer.lab.process import continue_process, peek, poke, stop_process
+from tracer.lab.monitor import qmp_line
+from tracer.lab.process import continue_process, peek, poke, stop_process, wait_until
 from tracer.lab.qemu import MIB, Qemu
 from tracer.layout import Layout, RequestState
 from tracer.live import LiveView
@@ -290,7 +291,7 @@ def stopping(qemu: Qemu) -> Iterator[Stopping]:
     target = open_target(qemu.pid)
     with _raw_monitor(qemu, timeout=30.0) as monitor:
         before = target.thread(qemu.pid)
-        monitor.sendall(_qmp_line("stop", {}))
+        monitor.sendall(qmp_line("stop", {}))
         qemu.wait_until(lambda: _went_to_sleep_again(target, before), what="stop to wait")
         with monitor.makefile("r") as answers:
             yield Stopping(answers)
@@ -325,11 +326,22 @@ class Stall:
     fifo: Path
 
     def release(self) -> None:
-        """Open the FIFO for reading, so that openat() returns; harmless when repeated."""
+        """Open the FIFO for reading, so that openat() returns; harmless when repeated, or when QEMU is gone."""
         if self.fifo.exists():
-            with open(self.fifo, "rb") as reader:
+            # A blocking open() would wait for a writer that may never come.
+            reader = os.open(self.fifo, os.O_RDONLY | os.O_NONBLOCK)
+            try:
                 self.fifo.unlink()
-                reader.read()
+                wait_until(lambda: _at_end(reader), what="QEMU to close the FIFO")
+            finally:
+                os.close(reader)
+
+
+def _at_end(pipe: int) -> bool:
+    """Whether nobody writes to a pipe any more; takes what was written."""
+    with contextlib.suppress(BlockingIOError):
+        return not os.read(pipe, 1 << 20)
+    return False
 
 
 @contextlib.contextmanager
@@ -398,8 +410,8 @@ def unanswered(qemu: Qemu, command: str, arguments: dict[str, object], ahead: st
 
 def _burst(command: str, arguments: dict[str, object], ahead: str | None) -> list[bytes]:
     """The lines of a command, and of the human monitor's line ahead of it if there is one."""
-    first = [] if ahead is None else [_qmp_line("human-monitor-command", {"command-line": ahead})]
-    return [*first, _qmp_line(command, arguments)]
+    first = [] if ahead is None else [qmp_line("human-monitor-command", {"command-line": ahead})]
+    return [*first, qmp_line(command, arguments)]
 
 
 def main_system_call(target: Target) -> str | None:
@@ -414,12 +426,8 @@ def _raw_monitor(qemu: Qemu, timeout: float = 120.0) -> Iterator[socket.socket]:
     with socket.socket(socket.AF_UNIX) as monitor:
         monitor.settimeout(timeout)
         monitor.connect(str(qemu.folder / "stall.qmp"))
-        monitor.sendall(_qmp_line("qmp_capabilities", {}))
+        monitor.sendall(qmp_line("qmp_capabilities", {}))
         answers = b""
         while b'"return"' not in answers:
             answers += monitor.recv(65536)
         yield monitor
-
-
-def _qmp_line(command: str, arguments: dict[str, object]) -> bytes:
-    return json.dumps({"execute": command, "arguments": arguments}).encode() + b"\n"

@@ -15,7 +15,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import IO, TypeVar
 
@@ -26,6 +26,9 @@ TOKEN = secrets.token_hex(8)
 PR_SET_PDEATHSIG = 1
 CLONE_NEWNS, CLONE_NEWPID = 0x00020000, 0x20000000
 MS_REC, MS_PRIVATE = 0x4000, 0x40000
+
+#: How long a killed process may take: a thread in fdatasync(2) dies only when the storage has answered.
+END_S = 30.0
 
 T = TypeVar("T")
 
@@ -96,11 +99,41 @@ def _new_pid_namespace(libc: ctypes.CDLL) -> Iterator[None]:
             libc.setns(own.fileno(), CLONE_NEWPID)
 
 
-def end(process: subprocess.Popen[bytes]) -> None:
-    """Kill a child of the lab and reap it."""
-    if process.poll() is None:
-        process.kill()
-    process.wait()
+def end(child: subprocess.Popen[bytes], timeout: float = END_S) -> None:
+    """Kill a child of the lab and reap it; LabError if it has not ended after `timeout` seconds.
+
+    By pid: an exception out of a signal handler may have left Popen's own lock taken for ever.
+    """
+    if child.returncode is not None or _reaped(child):
+        return
+    os.kill(child.pid, signal.SIGKILL)
+    try:
+        wait_until(lambda: _reaped(child), timeout)
+    except LabError as error:
+        raise LabError(
+            f"process {child.pid} was killed, but has not ended after {timeout:g} s: {_asleep_in(child.pid)}",
+            f"cat /proc/{child.pid}/task/*/stack",
+        ) from error
+
+
+def _reaped(child: subprocess.Popen[bytes]) -> bool:
+    """Whether it has ended; what is left of it is taken away then."""
+    try:
+        pid, status = os.waitpid(child.pid, os.WNOHANG)
+    except ChildProcessError:  # by somebody else
+        pid, status = child.pid, 0
+    if pid == child.pid:
+        child.returncode = os.waitstatus_to_exitcode(status)
+    return pid == child.pid
+
+
+def _asleep_in(pid: int) -> str:
+    """The threads that do not die, in words."""
+    found = []
+    for thread in Path(f"/proc/{pid}/task").glob("*"):
+        with suppress(OSError):
+            found.append(f"{thread.name} {_stat_fields(thread / 'stat')[0]} in {(thread / 'wchan').read_text()}")
+    return ", ".join(found) or "no thread of it is left"
 
 
 def is_own(pid: int) -> bool:

@@ -22,11 +22,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
-from qemu.qmp import QMPError
-from qemu.qmp.legacy import QEMUMonitorProtocol, QMPBadPortError
-
 from tracer.errors import LabError, ToolMissing
 from tracer.lab import process
+from tracer.lab.monitor import LabMonitor
 from tracer.lab.nbd import NbdClient
 from tracer.lab.process import wait_until
 
@@ -106,7 +104,7 @@ class Qemu:
         self._child = child
         self._trace_log = place.folder / trace_log
         self.has_hmp = has_hmp
-        self._monitor: QEMUMonitorProtocol | None = None
+        self._monitor: LabMonitor | None = None
         self._clients: dict[str, NbdClient] = {}
         self._cleanups: list[Callable[[], None]] = []
 
@@ -143,19 +141,13 @@ class Qemu:
 
     def connect(self, timeout: float = 30.0) -> None:
         """Wait for the monitor and greet it."""
-        self._monitor = self.wait_until(self._try_connect, timeout, "QEMU's monitor")
-        self._monitor.settimeout(timeout)
 
-    def _try_connect(self) -> QEMUMonitorProtocol | None:
-        path = self.folder / "lab.qmp"
-        if not path.exists():
+        def try_to() -> LabMonitor | None:
+            with contextlib.suppress(OSError):
+                return LabMonitor(self.folder / "lab.qmp", timeout)
             return None
-        monitor = QEMUMonitorProtocol(str(path), nickname=f"lab-{self.pid}")
-        try:
-            monitor.connect()
-        except (QMPError, OSError, EOFError):
-            return None
-        return monitor
+
+        self._monitor = self.wait_until(try_to, timeout, "QEMU's monitor")
 
     def qmp(self, command: str, **arguments: object) -> Any:
         """Run a QMP command and return what it returns; underscores in argument names are dashes."""
@@ -163,8 +155,8 @@ class Qemu:
             raise LabError("the lab's monitor is not connected")
         spelled = {name.replace("_", "-"): value for name, value in arguments.items() if value is not None}
         try:
-            return self._monitor.cmd(command, **spelled)
-        except (QMPError, QMPBadPortError, OSError, EOFError, TimeoutError) as error:
+            return self._monitor.execute(command, spelled)
+        except OSError as error:
             raise LabError(f"{command} failed: {error or type(error).__name__}") from error
 
     def hmp(self, line: str) -> str:
@@ -238,7 +230,10 @@ class Qemu:
         self._cleanups.append(cleanup)
 
     def close(self) -> None:
-        """End the process and remove everything it left; harmless when repeated."""
+        """End the process and remove everything it left; harmless when repeated.
+
+        Waits for nothing but the process's end, and for that a bounded time: see process.end.
+        """
         with contextlib.ExitStack() as stack:
             stack.callback(shutil.rmtree, self.folder, ignore_errors=True)
             for cleanup in self._cleanups:
@@ -247,13 +242,9 @@ class Qemu:
             for client in self._clients.values():
                 stack.callback(client.close)
             stack.callback(process.end, self._child)
-            stack.callback(self._leave_monitor)
-
-    def _leave_monitor(self) -> None:
-        monitor, self._monitor = self._monitor, None
-        if monitor is not None:
-            with contextlib.suppress(QMPError, OSError, EOFError):
-                monitor.close()
+            if self._monitor is not None:
+                stack.callback(self._monitor.close)
+            self._monitor = None
 
     def __enter__(self) -> Self:
         return self
