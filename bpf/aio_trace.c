@@ -182,29 +182,28 @@ INLINE u32 this_process(void)
 
 /* Requests */
 
-#if HAVE_ATOMICS
+/* The set that a request is in, or 0 where there are none. */
 INLINE struct request_set *set_of(u64 request, u32 process)
 {
+#if HAVE_ATOMICS
     /* Fibonacci hashing of the address, which is a multiple of 8 or 16, and the process. */
     u32 index = ((request + ((u64)process << 20)) * 0x9e3779b97f4a7c15ULL) >> (64 - SET_BITS);
 
     return lookup_set(index);
-}
+#else
+    return 0;
 #endif
+}
 
 /* The way of its set that the request is in, or 0. */
-INLINE struct request_record *find_way(u64 request, u32 process)
+INLINE struct request_record *find_way(struct request_set *set, u64 request, u32 process)
 {
-#if HAVE_ATOMICS
-    struct request_set *set = set_of(request, process);
-
     if (!set)
         return 0;
 #pragma unroll
     for (int way = 0; way < WAYS; way++)
         if (set->ways[way].request == request && set->ways[way].process == process)
             return &set->ways[way];
-#endif
     return 0;
 }
 
@@ -225,7 +224,12 @@ INLINE void forget(struct request_record *record)
         return;
     }
     record->process = 0;
+#if HAVE_ATOMICS && defined(__aarch64__)
+    /* In this order on every processor: whoever sees the place free may take it. */
+    exchange_if(&record->request, key.request, 0);
+#else
     record->request = 0;
+#endif
 }
 
 /* Fills a place that is ours; `process` last: until then nobody takes it for a record. */
@@ -245,22 +249,19 @@ INLINE void fill(struct request_record *place, struct request_record *record)
 
 /* Follow a request. With `may_meet`, another processor may do so at the same moment, with the request's other
  * hit; then at least one of the two sees it, and none is left. */
-INLINE int store(struct request_record *record, u32 pid, bool may_meet)
+INLINE int store(struct request_set *set, struct process *process, struct request_record *record, bool may_meet)
 {
     struct request_key key = {.request = record->request, .process = record->process};
-    struct process *process;
-    int error;
-#if HAVE_ATOMICS
-    struct request_set *set = set_of(record->request, record->process);
     struct request_record *place = 0;
+    int error;
 
-    if (!set)
-        return NO_ROOM;
+    if (set) {
 #pragma unroll
-    for (int way = 0; way < WAYS; way++) {
-        if (!place && !set->ways[way].request && !exchange_if(&set->ways[way].request, 0, record->request)) {
-            place = &set->ways[way];
-            fill(place, record);
+        for (int way = 0; way < WAYS; way++) {
+            if (!place && !set->ways[way].request && !exchange_if(&set->ways[way].request, 0, record->request)) {
+                place = &set->ways[way];
+                fill(place, record);
+            }
         }
     }
     if (place) {
@@ -279,10 +280,6 @@ INLINE int store(struct request_record *record, u32 pid, bool may_meet)
         }
         return STORED;
     }
-#endif
-    process = lookup_process(pid);
-    if (!process)
-        return NO_ROOM;
     process->overflow = 1;
     record->flags |= FLAG_OVERFLOW;
     error = may_meet ? insert_overflow(&key, record) : update_overflow(&key, record);
@@ -412,8 +409,9 @@ INLINE int at_submit(u64 request)
 {
     u32 pid = this_process();
     struct request_record record = {.request = request, .process = pid, .fd = NO_FD};
-    struct request_record *old;
     struct process *process = lookup_process(pid);
+    struct request_set *set;
+    struct request_record *old;
     u64 words[WORDS_TO_ARG] = {};
 
     if (!process || process->mode != MODE_FULL)
@@ -424,7 +422,8 @@ INLINE int at_submit(u64 request)
             record.flags = FLAG_NO_CALLBACK;
     }
     record.submit_ns = bpf_ktime_get_ns();
-    old = find_way(request, pid);
+    set = set_of(request, pid);
+    old = find_way(set, request, pid);
     if (!old)
         old = find_overflow(request, pid, process);
     if (old) {
@@ -433,7 +432,7 @@ INLINE int at_submit(u64 request)
             count_missed(pid);
         record.flags |= old->flags & FLAG_OVERFLOW;
         fill(old, &record);
-    } else if (store(&record, pid, false) == NO_ROOM) {
+    } else if (store(set, process, &record, false) == NO_ROOM) {
         add(&process->map_full, 1);
     }
     return 0;
@@ -441,11 +440,11 @@ INLINE int at_submit(u64 request)
 
 /* Without the submit probe this is the first that is seen of a request. With it, it was submitted before we
  * came, or is not followed, or has been called back already. */
-INLINE int at_unknown_done(u64 request, u32 pid, struct process *process, u64 now)
+INLINE int at_unknown_done(u64 request, u32 pid, struct request_set *set, struct process *process, u64 now)
 {
     struct request_record record = {.request = request, .done_ns = now, .process = pid, .fd = NO_FD};
 
-    if (process->mode == MODE_ALERT && store(&record, pid, true) == NO_ROOM)
+    if (process->mode == MODE_ALERT && store(set, process, &record, true) == NO_ROOM)
         add(&process->map_full, 1);
     return 0;
 }
@@ -454,7 +453,8 @@ INLINE int at_done(u64 request)
 {
     u64 now = bpf_ktime_get_ns();
     u32 pid = this_process();
-    struct request_record *record = find_way(request, pid);
+    struct request_set *set = set_of(request, pid);
+    struct request_record *record = find_way(set, request, pid);
     struct process *process;
     struct statistics *s;
 
@@ -464,15 +464,19 @@ INLINE int at_done(u64 request)
             return 0;
         record = find_overflow(request, pid, process);
         if (!record)
-            return at_unknown_done(request, pid, process, now);
+            return at_unknown_done(request, pid, set, process, now);
     }
     if (record->done_ns == CALLED) {
         /* Its callback came first and has counted it; a stamp that is old is of another time. */
         if (record->submit_ns + CALLED_FOR_NS > now) {
-            forget(record);
+            if (record->flags >= CALLED_AGAIN)
+                record->flags -= CALLED_AGAIN;
+            else
+                forget(record);
             return 0;
         }
         record->submit_ns = 0;
+        record->flags &= FLAG_OVERFLOW;
     } else if (record->done_ns && !record->submit_ns) {
         count_missed(pid);
     }
@@ -492,7 +496,7 @@ INLINE int at_done(u64 request)
 
 /* A callback of a request that is not followed: it was submitted before we came, or (without the submit
  * probe) its callback comes before its done hit. */
-INLINE int at_unknown_callback(u64 request, u32 pid, struct process *process, u64 now)
+INLINE int at_unknown_callback(u64 request, u32 pid, struct request_set *set, struct process *process, u64 now)
 {
     struct request_record called = {
         .request = request, .submit_ns = now, .done_ns = CALLED, .process = pid, .fd = NO_FD};
@@ -512,7 +516,7 @@ INLINE int at_unknown_callback(u64 request, u32 pid, struct process *process, u6
         /* Before that it may be one whose done hit was not seen, and the next at this address would be taken
          * for it, and so would the one after that. */
         if (now >= process->settled_ns)
-            store(&called, pid, true);
+            store(set, process, &called, true);
     }
     return 0;
 }
@@ -521,7 +525,8 @@ INLINE int at_callback(u64 request)
 {
     u64 now = bpf_ktime_get_ns();
     u32 pid = this_process();
-    struct request_record *record = find_way(request, pid);
+    struct request_set *set = set_of(request, pid);
+    struct request_record *record = find_way(set, request, pid);
     struct process *process;
     struct statistics *s;
     u64 submit_ns, done_ns;
@@ -533,7 +538,7 @@ INLINE int at_callback(u64 request)
             return 0;
         record = find_overflow(request, pid, process);
         if (!record)
-            return at_unknown_callback(request, pid, process, now);
+            return at_unknown_callback(request, pid, set, process, now);
     }
     if (nobody_waits(request))
         return 0;
@@ -552,6 +557,7 @@ INLINE int at_callback(u64 request)
         return 0;
     }
     if (done_ns == CALLED) {
+        record->flags = submit_ns + CALLED_FOR_NS > now ? flags + CALLED_AGAIN : flags & FLAG_OVERFLOW;
         record->submit_ns = now;
         add(&s->completed, 1);
         return 0;

@@ -28,8 +28,10 @@
 #define FLAG_OVERFLOW 4    /* it is in the map `overflow` */
 
 /* In place of done_ns, without the submit probe: the callback came before the done hit, which will find this
- * and clear it away. submit_ns is when the callback came. */
+ * and clear it away. submit_ns is when the callback came; the flags have CALLED_AGAIN times one more that
+ * came so, of the next request at this address. */
 #define CALLED 1
+#define CALLED_AGAIN 256
 
 /* One request that is under way: process and address of its ThreadPoolElement. Its memory is recycled,
  * so (process, address, submit_ns, done_ns) names the request. Free where `request` or `process` is 0. */

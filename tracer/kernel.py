@@ -119,6 +119,8 @@ class Map:
 
     def items(self) -> Iterator[tuple[bytes, bytes]]:
         """Every entry that is there all the while, and perhaps others."""
+        if next(self._walk(), None) is None:
+            return iter(())
         found = self._batches()
         if found is not None:
             return iter(found.items())

@@ -268,6 +268,8 @@ class Programs:
             except OSError as failed:
                 self._unload()
                 error = _translated("compile and load the probes", failed.strerror or str(failed), _notes(failed))
+                if isinstance(error, NotPermitted):
+                    raise error from failed
                 continue
             return None
         return error
@@ -418,8 +420,19 @@ class Programs:
             self._read = time.monotonic(), found
         return found.get(self._number(pid), {})
 
-    def settle(self, pid: int) -> None:
-        """Spare the programs the map `overflow` once nothing of the process is in it any more."""
+    def refresh(self) -> None:
+        """What was read before is not fresh any more."""
+        self._read = 0.0, {}
+        self._keys = 0.0, {}
+
+    def settled(self, pid: int) -> None:
+        """Every request that was done before the probes came is known, or has been called back."""
+        process = self._process(pid)
+        process.settled_ns = time.monotonic_ns()
+        self._maps["processes"].update(self._process_key(pid), bytes(process))
+
+    def spare_overflow(self, pid: int) -> None:
+        """The programs need not look into the map `overflow` once nothing of the process is in it any more."""
         process = self._process(pid)
         number = self._number(pid)
         if process.overflow and not any(RequestKey.from_buffer_copy(k).process == number for k in self._overflow()):
@@ -609,6 +622,14 @@ class Probes:
         submit_ns = known.submit_ns if known else seen_ns
         made = Record(request, submit_ns, seen_ns if done else 0, kind, FLAG_BEFORE)
         self._programs.adopt(self._pid, made, known is not None)
+
+    def settled(self) -> None:
+        """All requests that were there when we came were adopted that are there still."""
+        self._programs.settled(self._pid)
+
+    def spare_overflow(self) -> None:
+        """None of those that were adopted is there any more."""
+        self._programs.spare_overflow(self._pid)
 
     def forget(self, record: Record) -> None:
         """Drop a record whose request memory shows to be gone, unless it has become another one."""

@@ -121,7 +121,17 @@ def test_structures_are_those_of_the_header(tmp_path: Path) -> None:
 
 
 SAME_NAMES = (
-    *("SUB_BUCKET_BITS", "WAYS", "CALLED", "NO_FD", "THE_PROCESS", "MODE_NONE", "MODE_ALERT", "MODE_FULL"),
+    *(
+        "SUB_BUCKET_BITS",
+        "WAYS",
+        "CALLED",
+        "CALLED_AGAIN",
+        "NO_FD",
+        "THE_PROCESS",
+        "MODE_NONE",
+        "MODE_ALERT",
+        "MODE_FULL",
+    ),
     *("FLAG_NO_CALLBACK", "FLAG_BEFORE", "FLAG_OVERFLOW"),
 )
 

@@ -125,7 +125,7 @@ def test_the_callback_probe_counts_no_request_that_has_no_callback(folder: Path)
     assert (total.completed, total.no_callback, total.before, left) == (WITH + WITHOUT + CO, WITHOUT, 0, 0)
 
 
-def test_without_submit(folder: Path) -> None:
+def test_without_submit(folder: Path, settled: None) -> None:
     """Requests that nobody waits for leave a record, which memory shows to be of no interest."""
     program = build(Recipe(), folder)
     found = located(program)

@@ -65,17 +65,23 @@ def test_counts_are_exact_on_several_processors(pool: Miniature, variant: Varian
         assert loaded.records() == {}
 
 
-@pytest.mark.parametrize("names", [SITE_NAMES, ALERT_ONLY], ids=["full", "alert"])
-def test_counts_are_exact_when_callbacks_overtake_their_done(
-    pool: Miniature, variant: Variant, settled: None, names: tuple[str, ...]
-) -> None:
+def test_counts_are_exact_when_callbacks_overtake_their_done(pool: Miniature, variant: Variant) -> None:
     """As in QEMU a request may be called back, and its memory used again, before its worker reaches the site."""
-    with attached(pool, names) as loaded:
+    with attached(pool) as loaded:
         pool.do("q5000")
         # A worker that reaches the site at last marks the next request at that address: not a count.
-        expected = {"submitted": 5000, "done": 5000, "completed": 5000}
-        assert counts(loaded) == {name: n for name, n in expected.items() if name != "submitted" or names == SITE_NAMES}
+        assert counts(loaded) == {"submitted": 5000, "done": 5000, "completed": 5000}
         assert loaded.records() == {}
+
+
+def test_callbacks_overtake_their_done_without_submit(pool: Miniature, variant: Variant, settled: None) -> None:
+    """Where two hits at one address are on two processors at once, one record may be left: memory shows it gone."""
+    with attached(pool, ALERT_ONLY) as loaded:
+        pool.do("q5000")
+        assert counts(loaded)["completed"] == 5000
+        left = len(loaded.records())
+        assert left <= 2
+        assert counts(loaded)["done"] <= 5002
 
 
 def test_a_request_on_its_way(pool: Miniature, variant: Variant) -> None:
@@ -260,17 +266,35 @@ def test_a_callback_that_came_first_is_no_record(pool: Miniature, variant: Varia
 
 
 @IN_A_SET_AND_BESIDES
+def test_callbacks_that_came_first_one_after_the_other(
+    pool: Miniature, variant: Variant, settled: None, slot: int
+) -> None:
+    """Two workers are late at one address: each done hit is one's own, the third a new request's."""
+    with attached(pool, ALERT_ONLY, small(max_requests=100)) as loaded:
+        pool.do(f"{crowd('d', slot)} c{slot} c{slot} d{slot}")
+        assert len(loaded.records()) == slot
+        pool.do(f"c{slot} d{slot} d{slot}")
+        assert len(loaded.records()) == slot
+        assert counts(loaded) == {"done": slot + 3, "completed": 3}
+        pool.do(f"d{slot}")
+        record = loaded.record(pool.element(slot))
+        assert record is not None
+        assert (record.submit_ns, record.flags) == (0, 0)
+        assert len(loaded.records()) == slot + 1
+
+
+@IN_A_SET_AND_BESIDES
 def test_a_callback_that_came_first_long_ago(
     pool: Miniature, variant: Variant, settled: None, slot: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A done hit so late is another request's, which must not go unseen."""
     monkeypatch.setattr(probes, "CALLED_FOR_NS", 0)
     with attached(pool, ALERT_ONLY, small(max_requests=100)) as loaded:
-        pool.do(f"{crowd('d', slot)} c{slot} d{slot}")
+        pool.do(f"{crowd('d', slot)} c{slot} c{slot} d{slot}")
         record = loaded.record(pool.element(slot))
         assert record is not None
-        assert record.done_ns > record.submit_ns == 0
-        assert counts(loaded) == {"done": slot + 2, "completed": 1}
+        assert record.done_ns > record.submit_ns == record.flags == 0
+        assert counts(loaded) == {"done": slot + 3, "completed": 2}
 
 
 def test_a_request_done_while_the_probes_were_attached(pool: Miniature, variant: Variant) -> None:

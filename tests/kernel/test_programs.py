@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+import bpf
 from tests.kernel.attaching import ALERT_ONLY, attached, counts, load, open_kernel_objects
 from tests.kernel.miniature import ELEMENT, Miniature, sites_of
 from tracer import cache, probes
@@ -134,14 +135,14 @@ def test_what_decides_is_in_the_key(pool: Miniature, tmp_path: Path, monkeypatch
     keys = {key_of(pool), key_of(pool, Parameters(shared=True)), key_of(pool, Parameters(set_bits=3))}
     keys.add(key_of(pool, Parameters(extra_flags=("-DCOUNT_OPERATIONS=1",))))
     keys.add(probes._key(compile_flags(list(pool.sites.values()), ELEMENT, DEFAULT_PARAMETERS, True), ["on_done"]))
-    for change in ("bcc_version", "source_folder", "aio_trace.h", "asm/page.h"):
+    for change in ("bcc_version", "aio_trace.c", "aio_trace.h", "asm/page.h"):
         folder = tmp_path / change.replace("/", "-")
         with monkeypatch.context() as patch:
             if change == "bcc_version":
                 patch.setattr(probes, "bcc_version", lambda: "another")
             else:
                 copy_sources(folder, change)
-                patch.setattr(probes, "source_folder", lambda folder=folder: folder)
+                patch.setattr(bpf, "__path__", [str(folder)])
             keys.add(key_of(pool))
     assert len(keys) == 9
     assert key_of(pool) in keys
@@ -160,7 +161,7 @@ def test_a_changed_source_is_compiled(
 ) -> None:
     folder = tmp_path / "bpf"
     copy_sources(folder, "")
-    monkeypatch.setattr(probes, "source_folder", lambda: folder)
+    monkeypatch.setattr(bpf, "__path__", [str(folder)])
     works(pool)
     source = folder / "aio_trace.c"
     text = source.read_text()

@@ -216,10 +216,10 @@ def test_what_the_child_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setenv("BCC_KERNEL_SOURCE", "/nonexistent")
     seen: list[dict[str, str]] = []
 
-    def child(_code: str, given: bytes, environment: dict[str, str]) -> object:
+    def child(_code: str, given: bytes, environment: dict[str, str]) -> tuple[int, bytes, str]:
         seen.append(environment)
         assert json.loads(given) == {"source": "a.c", "flags": ["-DX=1"], "programs": ["on_done"]}
-        return Done(made(instruction(0x95)).to_bytes())
+        return 0, made(instruction(0x95)).to_bytes(), ""
 
     monkeypatch.setattr(compiler, "_child", child)
     compiled, printed = compile_apart(Path("a.c"), tmp_path, ["-DX=1"], ["on_done"])
@@ -228,16 +228,6 @@ def test_what_the_child_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert seen[0]["BCC_KERNEL_SOURCE"] == str(tmp_path)
     assert "ARCH" not in seen[0]
     assert os.environ["ARCH"] == "arm64"
-
-
-class Done:
-    """A process that ended well."""
-
-    returncode = 0
-    stderr = b""
-
-    def __init__(self, stdout: bytes) -> None:
-        self.stdout = stdout
 
 
 @pytest.mark.parametrize(
@@ -249,9 +239,7 @@ class Done:
     ],
 )
 def test_one_line_of_what_was_printed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, printed: str, told: str) -> None:
-    done = Done(b"")
-    done.returncode, done.stderr = 1, printed.encode()
-    monkeypatch.setattr(compiler, "_child", lambda *_: done)
+    monkeypatch.setattr(compiler, "_child", lambda *_: (1, b"", printed))
     with pytest.raises(CompilerFailed) as caught:
         compile_apart(tmp_path / "program.c", tmp_path, [], [])
     assert str(caught.value) == told
