@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from dataclasses import replace
+from typing import Any
 
 from tracer import home, posix_aio
 from tracer.build import Loaded
@@ -53,6 +54,7 @@ class Looker:
         self._homes: dict[int, int] = {}
         self._stacks: dict[int, tuple[Thread, Stack]] = {}
         self._pool_looks: dict[int, tuple[float, tuple[Look, ...]]] = {}
+        self._beside: dict[int, tuple[tuple[Look, ...], dict[str, Any]]] = {}
         self._all_threads: tuple[float, list[Thread]] | None = None
 
     def home(self, context: int) -> Thread | None:
@@ -160,21 +162,27 @@ class Looker:
 
     def done_facts(self, pool: Pool, looks: tuple[Look, ...], facts: Facts) -> Facts:
         """What tells why a finished request's callback does not come."""
+        # As the looks, what was seen beside them holds for all that share them.
+        known = self._beside.get(pool.address)
+        if known is None or known[0] is not looks:
+            known = self._beside[pool.address] = looks, self._seen_beside(pool)
+        found = known[1]
+        return replace(facts, looks=looks, **found | {"missing": (*facts.missing, *found["missing"])})
+
+    def _seen_beside(self, pool: Pool) -> dict[str, Any]:
+        """Members of Facts: the home thread, its bell, its stack, the process."""
         thread = self.home(pool.context)
-        missing = facts.missing if thread else (*facts.missing, "the thread that runs its context was not found")
         bell = home.find_bell(self._view, pool.context, thread)
-        return replace(
-            facts,
-            looks=looks,
-            home_tid=thread.tid if thread else None,
-            home_name=thread.name if thread else None,
-            process_stopped=self.process_stopped(),
-            bell_count=bell.count,
-            bell_polled=bell.polled,
-            stack=self.home_stack(thread) if thread else HomeStack(),
-            home_asleep_s=self._asleep(thread),
-            missing=missing,
-        )
+        return {
+            "home_tid": thread.tid if thread else None,
+            "home_name": thread.name if thread else None,
+            "process_stopped": self.process_stopped(),
+            "bell_count": bell.count,
+            "bell_polled": bell.polled,
+            "stack": self.home_stack(thread) if thread else HomeStack(),
+            "home_asleep_s": self._asleep(thread),
+            "missing": () if thread else ("the thread that runs its context was not found",),
+        }
 
     def _asleep(self, thread: Thread | None) -> float | None:
         return self._view.asleep_s(thread.tid) if thread and thread.syscall else None

@@ -128,6 +128,8 @@ class Session:
             return None
 
     def _failed(self, error: AioTraceError, pid: int) -> None:
+        if self._options.follow and isinstance(error, NoSuchProcess):
+            return  # what has ended already was none that hangs
         if len(self._pids) == 1 and not self._options.follow:
             raise error
         self.failures += 1
@@ -273,9 +275,9 @@ class Session:
     def _look_for_newcomers(self) -> None:
         for pid in self._newcomers.look():
             started = time.monotonic()
-            # What ends as quickly as it came was none that hangs.
-            with suppress(NoSuchProcess):
-                self._start(open_target(pid), started, shared=True)
+            target = self._open(pid)
+            if target:
+                self._start(target, started, shared=True)
         self._next_look = time.monotonic() + FOLLOW_S
 
     def _scan(self, fd: int, watch: Watch) -> None:
@@ -305,14 +307,20 @@ class Session:
         os.close(fd)
         try:
             watch.ended()
+            self._refresh()
             watch.counts(final=True)
         finally:
             watch.close()
+
+    def _refresh(self) -> None:
+        for programs in self._shared.values():
+            programs.refresh()
 
     def _end(self) -> None:
         """Summaries, then nothing left attached whatever happens."""
         try:
             self._end_nudges()
+            self._refresh()
             for watch in self._watches.values():
                 watch.counts(final=True)
         finally:

@@ -7,17 +7,20 @@ overdue before that scan's time plus the deadline, so scans follow the deadlines
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import field
 
 from tracer import figures, posix_aio, probes
 from tracer.budget import Decision
 from tracer.build import Build, load
+from tracer.errors import HostError
 from tracer.events import (
     Alert,
     Attached,
     Counts,
     Event,
+    Failure,
     Latency,
     PoolInfo,
     ProbeInfo,
@@ -55,6 +58,8 @@ SEARCH_SHARE, SEARCH_SHARE_FIRST = 1 / 400, 1 / 20
 #: samples, by which it may be older than it looks: PATIENCE_S of tracer.inspect and a little; and the pause after a
 #: proof that failed; seconds.
 PROOF_S, FAILED_S = 0.25, 0.25
+#: After so many alerts in so many seconds, further late requests are looked at together, so often; seconds.
+MANY_ALERTS, MANY_ALERTS_S, TOGETHER_S = 8, 10.0, 1.0
 #: A scan a little after the deadline sees the request as overdue; seconds.
 MARGIN_S = 0.002
 
@@ -129,6 +134,9 @@ class Watch:
         self._mode = settings.mode
         self._spending = self._make_spending(price or HitPrice())
         self._stepped = self._stepped_in_period = False
+        self._adopted = False
+        self._alert_times: deque[float] = deque(maxlen=MANY_ALERTS)
+        self._next_full = self._next_look = 0.0
         self.alerts = 0
         self.next_scan = self._began
         self._tids: set[int] = set()
@@ -209,6 +217,8 @@ class Watch:
                     kind = self._looker.operation(request).kind or "other"
                     self._probes.adopt(request.address, kind, time.monotonic_ns(), done)
         self._forget_gone(pools, adopted)
+        self._probes.settled()
+        self._adopted = bool(adopted)
         return in_flight
 
     def _forget_gone(self, pools: list[Pool], adopted: set[int]) -> None:
@@ -237,11 +247,22 @@ class Watch:
         before, self._mode = self._mode, decision.mode
         self._stepped = self._stepped_in_period = True
         assert self._probes is not None
-        self._probes.step(MODES[self._mode])
+        try:
+            self._probes.step(MODES[self._mode])
+        except HostError as error:
+            self._without_probes(error)
         if NONE in (before, self._mode):
             self._change_source()
-        stepped = Stepped(time.time(), self.target.pid, before, self._mode, decision.share, self._settings.budget)
-        self._emit(stepped)
+        if self._mode != before:
+            stepped = Stepped(time.time(), self.target.pid, before, self._mode, decision.share, self._settings.budget)
+            self._emit(stepped)
+
+    def _without_probes(self, error: HostError) -> None:
+        """They were to be put back, and could not be: go on without, and do not try again."""
+        assert self._probes is not None
+        self._mode, self._spending = NONE, None
+        self._probes.step(())
+        self._emit(Failure(time.time(), self.target.pid, error.message, error.hint))
 
     def _change_source(self) -> None:
         """From the probes' records to those of memory, or back; what was told of stays told of."""
@@ -259,18 +280,36 @@ class Watch:
     def scan(self) -> None:
         """Look for late requests and for late ones that went on; plans the next scan."""
         now = time.monotonic()
+        if self._probes is not None and self._mode != NONE and self._alerted and now < self._next_full:
+            self._follow_alerted(now)
+            return
         records = self._records()
         if self._mode == NONE:
             now = time.monotonic()  # a proof takes its time
         self._resolve(records, now)
         for record in records.values():
             limit = self._limit_of(record)
-            if limit is not None and now >= limit:
+            if limit is not None and now >= max(limit, self._next_look):
                 self._consider(record, now)
+        if self._next_look <= now and self._many_alerts(now):
+            self._next_look = now + TOGETHER_S
         self._ignored = {a: r for a, r in self._ignored.items() if records.get(a) == r}
+        if self._adopted and self._probes and not any(record.before for record in records.values()):
+            self._probes.spare_overflow()
+            self._adopted = False
         self._spend(now)
         self._plan(now, records)
         self._last_scan = now
+
+    def _follow_alerted(self, now: float) -> None:
+        """Between two looks at everything: whether one of those that were told of went on."""
+        assert self._probes is not None
+        found = ((address, self._probes.record(address)) for address in self._alerted)
+        self._resolve({address: record for address, record in found if record is not None}, now)
+        self.next_scan = min(self._next_full, now + RESOLVE_S) + MARGIN_S
+
+    def _many_alerts(self, now: float) -> bool:
+        return len(self._alert_times) == MANY_ALERTS and now - self._alert_times[0] < MANY_ALERTS_S
 
     def _records(self) -> dict[int, Record]:
         if self._probes is not None and self._mode != NONE:
@@ -307,7 +346,8 @@ class Watch:
             if self._mode == NONE:
                 due = min([due, *(moment for moment in (limit - PROOF_S - self._sample_s, limit) if moment > now)])
             else:
-                due = min(due, limit)
+                due = min(due, max(limit, self._next_look))
+        self._next_full = due
         if self._alerted:
             due = min(due, now + RESOLVE_S)
         self.next_scan = max(due, now) + MARGIN_S
@@ -431,6 +471,7 @@ class Watch:
             alerted.cause = verdict.cause
             self._alerted[record.request] = alerted
             self.alerts += 1
+            self._alert_times.append(alerted.judged)
             self._period_alerts += 1
             self._emit(self._alert(record, finding, verdict.cause, verdict.explanation))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import signal
 import subprocess
@@ -15,9 +16,10 @@ import pytest
 
 from tests.qemu.test_bad_weather import probed_sites
 from tests.qemu.tracing import PATIENCE_S, ROOT, Trace, traced
+from tracer import kernel
 from tracer.budget import Decision
 from tracer.build import read_build
-from tracer.events import Alert, Counts, Event, Resolved, Stepped
+from tracer.events import Alert, Counts, Event, Failure, Resolved, Stepped
 from tracer.lab import faults
 from tracer.lab.qemu import SYSTEM, Qemu, paused
 from tracer.session import SHARED_FROM, Newcomers
@@ -238,6 +240,27 @@ def test_lost_after_a_step(paused_qemu: Qemu, stepped: InProcess, mode: str) -> 
     assert (alert.cause, alert.request) == ("lost-wakeup", lost.request)
     lost.free()
     stepped.until(Resolved)
+
+
+def test_probes_that_cannot_be_put_back(paused_qemu: Qemu, stepped: InProcess, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It says so and goes on without them."""
+    stepped.step(NONE)
+
+    def refused(*_: object) -> int:
+        raise OSError(errno.EPERM, "not any more")
+
+    monkeypatch.setattr(kernel, "attach_multi", refused)
+    monkeypatch.setattr(kernel, "attach_perf", refused)
+    stepped.step(FULL)
+    (failure,) = stepped.named(Failure)
+    assert isinstance(failure, Failure)
+    assert "not any more" in failure.message
+    assert probed_sites(paused_qemu) == []
+    lost = faults.lose(paused_qemu, "d0", "write")
+    alert = stepped.until(Alert)
+    assert isinstance(alert, Alert)
+    assert alert.cause == "lost-wakeup"
+    lost.free()
 
 
 @pytest.fixture

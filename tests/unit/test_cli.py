@@ -67,6 +67,27 @@ def test_what_is_no_duration(text: str) -> None:
     assert "\n" not in caught.value.format_message()
 
 
+def share(text: str) -> float:
+    """What the option makes of it."""
+    from cli import Share
+
+    return Share().convert(text, None, None)
+
+
+@pytest.mark.parametrize(
+    ("text", "part"), [("5%", 0.05), ("0.5%", 0.005), ("100%", 1.0), ("250%", 2.5), ("none", 0.0), ("0", 0.0)]
+)
+def test_budgets(text: str, part: float) -> None:
+    assert share(text) == pytest.approx(part)
+
+
+@pytest.mark.parametrize("text", ["5", "-5%", "5 %", "0.001%", "much", "", "%", "1e3%", "nan%", "5%%", "٣%", "99999%"])
+def test_what_is_no_budget(text: str) -> None:
+    with pytest.raises(click.UsageError, match="write it as 5% or") as caught:
+        share(text)
+    assert "\n" not in caught.value.format_message()
+
+
 @pytest.mark.parametrize("text", ["0", "0s", "0ms"])
 def test_none_where_zero_means_none(text: str) -> None:
     assert duration(text, zero="none") == 0.0
@@ -83,6 +104,10 @@ def test_none_where_zero_means_none(text: str) -> None:
         ("--pid", "1", "--slow", "soon"),
         ("--pid", "1", "--duration", "0"),
         ("--pid", "1", "--probes", "some"),
+        ("--pid", "1", "--budget", "5"),
+        ("--pid", "1", "--budget", "-5%"),
+        ("--pid", "1", "--budget", "0.001%"),
+        ("--pid", "1", "--budget", "much"),
         ("--pid", "0"),
         ("--pid", "-5"),
         ("--pid", "qemu"),

@@ -108,10 +108,11 @@ def lose(qemu: Qemu, drive: str = "d0", kind: str = "write", pool: PoolHandle | 
 def lose_guest_io(guest: Guest, pool: PoolHandle | None = None) -> LostCompletion:
     """Lose the completions of the guest's own next requests; all its jobs then stand still.
 
-    The mark stays until nothing moved for a second: any later request of the guest would free all.
+    The mark stays until nothing moved for a while: any later request of the guest would free all. To take it off,
+    QEMU is stopped for a moment, which must not be the moment at which the usual deadline of a second is over.
     """
     drive = next(iter(guest.drives))
-    return lose_completion(guest, drive, pool or pool_of(guest, drive), None, settle=1.0)
+    return lose_completion(guest, drive, pool or pool_of(guest, drive), None, settle=0.6)
 
 
 def lose_completion(
