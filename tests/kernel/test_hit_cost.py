@@ -33,7 +33,7 @@ def test_code_without_a_probe_costs_nothing_more(monkeypatch: pytest.MonkeyPatch
 
 
 def test_where_it_cannot_be_measured_it_is_assumed(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refused(*_: object) -> int:
+    def refused(*_: object, **__: object) -> int:
         raise PermissionError("no")
 
     monkeypatch.setattr(kernel, "load", refused)
