@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from tracer.lab.guest import cache_folder
+
 TESTS = Path(__file__).parent
 RINGS = ("unit", "kernel", "qemu", "matrix")
 
@@ -28,8 +30,12 @@ def require(condition: object, reason: str) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def cache_of_the_tests(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """What the commands under test keep (tracer/cache.py) is kept apart from the host's own."""
+    """What the commands under test keep (tracer/cache.py) is kept apart from the host's own.
+
+    What was downloaded for them is not: kernels and whole releases are fetched once.
+    """
     with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AIO_TRACE_LAB_CACHE", str(cache_folder()))
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         yield
 

@@ -13,6 +13,7 @@ import pytest
 
 from tests.conftest import require
 from tracer import cache
+from tracer.lab.guest import cache_folder
 
 KIND = "things"
 KEY = b"a key"
@@ -38,6 +39,11 @@ def refused(reason: str) -> bool:
     """Nothing is loaded, and for this reason."""
     loaded = cache.load(KIND, KEY)
     return loaded is None and reason in cache.refusals[-1]
+
+
+def test_what_tests_throw_away_holds_no_downloads() -> None:
+    """The tests' cache goes with them; kernels and whole releases are fetched once."""
+    assert not cache_folder().is_relative_to(os.environ["XDG_CACHE_HOME"])
 
 
 def test_what_was_stored_is_loaded(home: Path) -> None:
@@ -114,6 +120,7 @@ def test_a_user_does_not_take_roots_folder_in_a_shared_one(monkeypatch: pytest.M
         program = f"""
 import os
 from tracer import cache
+from tracer.lab.guest import cache_folder
 os.seteuid({NOBODY})
 cache.store({KIND!r}, {KEY!r}, b"other")
 print(cache.load({KIND!r}, {KEY!r}))
@@ -255,6 +262,7 @@ def test_readers_never_see_half_of_it(home: Path) -> None:
     program = f"""
 import sys
 from tracer import cache
+from tracer.lab.guest import cache_folder
 for _ in range(300):
     cache.store({KIND!r}, {KEY!r}, sys.argv[1].encode() * 100_000)
 """

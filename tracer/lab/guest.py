@@ -105,7 +105,9 @@ class BootFiles:
 
 
 def cache_folder() -> Path:
-    """Where unpacked packages are kept."""
+    """Where unpacked packages are kept: where AIO_TRACE_LAB_CACHE says, else beside the tool's own cache."""
+    if chosen := os.environ.get("AIO_TRACE_LAB_CACHE"):
+        return Path(chosen)
     if base := os.environ.get("XDG_CACHE_HOME"):
         return Path(base) / "aio-trace"
     return Path("/var/cache/aio-trace") if os.geteuid() == 0 else Path.home() / ".cache/aio-trace"
