@@ -6,35 +6,17 @@ no other one ever.
 
 from __future__ import annotations
 
-import os
-import time
-from collections.abc import Callable, Collection, Iterator
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
 
 import pytest
 
-from tests.qemu.tracing import PATIENCE_S, Json, Trace, traced
+from tests.qemu.causing import DEADLINES, DONE_FAULTS, KINDS, QUEUE_FAULTS, REPEAT, Fault, Said, repeat
+from tests.qemu.tracing import Trace, traced
 from tracer.errors import LabError
 from tracer.lab import causes, faults
 from tracer.lab.causes import Scene
-from tracer.lab.process import continue_process, stop_process, wait_until
+from tracer.lab.process import continue_process, stop_process
 from tracer.layout import RequestState
-
-REPEAT = int(os.environ.get("AIO_TRACE_REPEAT", "2"))
-DEADLINES = ("--deadline", "300ms", "--slow", "500ms")
-#: A late request is judged anew after a second; seconds.
-SECOND_LOOK_S = 1.3
-
-Fault = Callable[[Scene, str], AbstractContextManager[int]]
-
-DONE_FAULTS: tuple[tuple[Fault, str], ...] = (
-    (causes.lost_kick, "lost-kick"),
-    (causes.unpolled_kick, "unpolled-kick"),
-    (causes.blocked_in_storage, "loop-blocked"),
-    (causes.spinning, "loop-busy"),
-)
-QUEUE_FAULTS = (causes.sleeping_workers, causes.missed_spawn, causes.lost_spawn)
-KINDS = ("write", "read", "flush", "discard")
 
 
 @pytest.fixture(scope="module", params=["main loop", "iothread"])
@@ -54,56 +36,12 @@ def whole_trace(on: Scene) -> Iterator[Trace]:
         assert running.summary["lost_records"] == 0
 
 
-class Said:
-    """What a trace says from now on."""
-
-    def __init__(self, trace: Trace) -> None:
-        self._trace = trace
-        self._from = len(trace.events)
-
-    def fresh(self) -> Said:
-        """What it says from now on, without what it said so far."""
-        return Said(self._trace)
-
-    def named(self, name: str) -> list[Json]:
-        """All events of that name so far."""
-        return [event for event in self._trace.events[self._from :] if event["event"] == name]
-
-    def wait(self, name: str, requests: Collection[int]) -> list[Json]:
-        """The events of that name about these requests, once each has had one."""
-        wanted = {hex(request) for request in requests}
-
-        def come() -> list[Json]:
-            found = [event for event in self.named(name) if event["request"] in wanted]
-            return found if {event["request"] for event in found} == wanted else []
-
-        return wait_until(come, PATIENCE_S, f"{name} for {len(wanted)} requests") if wanted else []
-
-    def causes(self, state: str | None = None) -> set[str]:
-        """The causes of all alerts, or of those about requests in one state."""
-        return {alert["cause"] for alert in self.named("alert") if state in (None, alert["state"])}
-
-
 @pytest.fixture
 def said(whole_trace: Trace) -> Iterator[Said]:
     """What the trace says during one test; whatever it gave an alert on has gone on when the test ends."""
     said = Said(whole_trace)
     yield said
     said.wait("resolved", {int(alert["request"], 16) for alert in said.named("alert")})
-
-
-def repeat(on: Scene, said: Said, fault: Fault, kinds: Collection[str] = ("write",)) -> list[Json]:
-    """Put the fault in and take it out again, REPEAT times or once a kind; the alerts on what it yields."""
-    alerts = []
-    for turn in range(max(REPEAT, len(kinds))):
-        here = said.fresh()
-        with fault(on, list(kinds)[turn % len(kinds)]) as request:
-            alerts += here.wait("alert", [request])
-            if turn == 0:
-                time.sleep(SECOND_LOOK_S)
-        here.wait("resolved", [request])
-    assert [alert["kind"] for alert in alerts[: len(kinds)]] == list(kinds)
-    return alerts
 
 
 @pytest.mark.timeout(600)

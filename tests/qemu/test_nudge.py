@@ -8,18 +8,17 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.qemu.nudging import ROOT, WITNESS, by_force, by_monitor, commands, nudge
-from tests.qemu.nudging import Nudge as Run
+from tests.qemu.nudging import ROOT, WITNESS, by_force, by_monitor, commands, free_a_guest, nudge
 from tests.qemu.tracing import traced
 from tracer.build import read_build
 from tracer.errors import NudgeRefused
 from tracer.lab import faults
-from tracer.lab.guest import RECHECK, Guest, Workload, guest
+from tracer.lab.guest import Workload, guest
 from tracer.lab.kicks import lose_kick
 from tracer.lab.qemu import Drive, Qemu, TraceCounts, paused
 from tracer.lab.storage import storage
@@ -83,38 +82,11 @@ def test_by_force(watched: Qemu) -> None:
     watched.request("d0", "write")
 
 
-def _free_guest(machine: Guest, way: Callable[[Qemu], Run], metadata: bool) -> None:
-    """Lose the guest's own requests, free them, and see it go on, with all that it ever wrote as it was."""
-    faults.lose_guest_io(machine)
-    stands_at = machine.progress()
-    done = way(machine)
-    if done.status == 3 and metadata and way is by_monitor:  # see test_lost_metadata_of_qcow2
-        done = by_force(machine)
-    assert done.status == 0, done.errors
-    assert all(event["freed"] for event in done.nudges)
-    assert machine.wait_progress(3) >= stands_at + 3
-
-
 @pytest.mark.usefixtures("guest_files")
 @pytest.mark.parametrize(("image_format", "iothread"), [("qcow2", None), ("raw", "io0")])
 @LONG
 def test_a_guest_goes_on_and_loses_nothing(image_format: str, iothread: str | None, tmp_path: Path) -> None:
-    image = tmp_path / "disk"
-    subprocess.run(["qemu-img", "create", "-q", "-f", image_format, str(image), "64M"], check=True)
-    workload = Workload(mix=("write", "verify", "flush", "read", RECHECK), pause=0, blocks=4)
-    with guest(workload, Drive(format=image_format, iothread=iothread, file=image)) as machine:
-        for way in (by_monitor, by_force):
-            for _ in range(max(1, ROUNDS // 3)):
-                _free_guest(machine, way, image_format == "qcow2")
-        assert machine.failures() == []
-        counts = machine.trace_counts()
-        assert counts.submitted - counts.completed <= 1
-        if image_format == "raw":  # and the guest would have seen it: spoil what it wrote
-            image.write_bytes(bytes(64 << 20))
-            machine.wait_until(machine.failures, what="the guest to see spoiled data")
-    if image_format == "qcow2":
-        check = subprocess.run(["qemu-img", "check", str(image)], capture_output=True, text=True, check=False)
-        assert check.returncode == 0, check.stdout
+    free_a_guest(tmp_path, image_format, iothread, (by_monitor, by_force), max(1, ROUNDS // 3))
 
 
 @pytest.mark.parametrize("iothread", [None, "io0"])

@@ -406,7 +406,10 @@ def nested_wait(on: Scene, kind: str = "write") -> Iterator[int]:
             thread = led.enter_context(held_thread(on.qemu.pid, on.context.home_tid))
             led.enter_context(_led_into_wait(on, thread))
         on.qemu.wait_until(on.context.asleep, what="the callback to wait")
-        yield on.requests(DONE)[0]
+        left = on.requests(DONE)
+        if not left:
+            raise LabError("aio_poll() did not wait: the loop has other events")
+        yield left[0]
 
 
 @contextlib.contextmanager
