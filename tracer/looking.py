@@ -55,6 +55,7 @@ class Looker:
         self._stacks: dict[int, tuple[Thread, Stack]] = {}
         self._pool_looks: dict[int, tuple[float, tuple[Look, ...]]] = {}
         self._beside: dict[int, tuple[tuple[Look, ...], dict[str, Any]]] = {}
+        self._walks: dict[int, tuple[float, frozenset[int]]] = {}
         self._all_threads: tuple[float, list[Thread]] | None = None
 
     def home(self, context: int) -> Thread | None:
@@ -97,11 +98,13 @@ class Looker:
         except (FaultError, LayoutError):
             return None
         pool = self.pool_of(request)
-        if pool is None or self._reader.holds(pool, address) is False:
+        held = pool is not None and self._held(pool, address)
+        if pool is None or held is False:
             return None
         operation = self.operation(request)
         facts = self.first_facts(request, operation, age_s)
-        facts = replace(facts, missing=self._missing(pool, address))
+        if held is None:
+            facts = replace(facts, missing=("the pool's list could not be read to the end",))
         if request.state == RequestState.THREAD_DONE:
             looks = self._looks(pool, request, age_s)
             if looks is None:
@@ -127,9 +130,19 @@ class Looker:
             from_core=self._view.core is not None,
         )
 
-    def _missing(self, pool: Pool, address: int) -> tuple[str, ...]:
-        torn = self._reader.holds(pool, address) is None
-        return ("the pool's list could not be read to the end",) if torn else ()
+    def _held(self, pool: Pool, address: int) -> bool | None:
+        """Whether the element is on the pool's list; None when that could not be read to the end.
+
+        A walk of a moment ago serves for what it saw, if the element's own links still say so.
+        """
+        walked, seen = self._walks.get(pool.address, (0.0, frozenset()))
+        if address in seen and time.monotonic() - walked <= FRESH_S and self._reader.linked(pool, address):
+            return True
+        listed = self._reader.patient_requests(pool)
+        addresses = frozenset(request.address for request in listed.requests)
+        if listed.torn is None:
+            self._walks[pool.address] = time.monotonic(), addresses
+        return address in addresses or (False if listed.torn is None else None)
 
     def _threads(self) -> list[Thread]:
         """All threads, a moment ago at most: many requests may be late at once, and many threads work for them."""
@@ -140,8 +153,13 @@ class Looker:
 
     def process_stopped(self) -> bool:
         """Whether a signal, a debugger or the freezer holds the whole process."""
+        if self._view.frozen:
+            return True
+        first = self._view.thread(self._view.pid)
+        if first is not None and not first.stopped:
+            return False
         threads = self._threads()
-        return self._view.frozen or (bool(threads) and all(thread.stopped for thread in threads))
+        return bool(threads) and all(thread.stopped for thread in threads)
 
     def _looks(self, pool: Pool, request: Request, age_s: float) -> tuple[Look, ...] | None:
         """Several looks at bottom half and home thread; None when the request went on meanwhile."""

@@ -16,6 +16,7 @@ from tracer.memory import MemoryReader, read_u64
 from tracer.records import dataclass
 
 MAX_REQUESTS = 65536
+STATES = frozenset(map(int, RequestState))
 #: How often a list that changes while it is read is read again.
 WALKS = 5
 #: QEMU allows at most 64 threads a pool by default; anything far above is not a thread counter.
@@ -162,7 +163,7 @@ class PoolReader:
 
         (state,) = struct.unpack_from("<i", data, layout.state)
         (ret,) = struct.unpack_from("<i", data, layout.ret)
-        if state not in RequestState.__members__.values():
+        if state not in STATES:
             raise LayoutError(f"no request at {address:#x}: its state would be {state}")
         return Request(
             address,

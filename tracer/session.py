@@ -322,6 +322,7 @@ class Session:
             self._end_nudges()
             self._refresh()
             for watch in self._watches.values():
+                watch.last_look()
                 watch.counts(final=True)
         finally:
             for programs in self._shared.values():

@@ -42,6 +42,7 @@ RAX, RDX, RCX, RBX, RSI, RDI, RBP, RSP = range(8)
 RIP = 16
 _PRESERVED = (RBX, RBP, 12, 13, 14, 15)
 
+MAX_NAMES = 4096
 MAX_FRAMES = 256
 #: How much of a stack is searched for a caller (bytes), and how many possible ones are followed.
 SCAN_SIZE = 64 << 10
@@ -112,6 +113,7 @@ class Unwinder:
         self._regions: list[Region] | None = None
         self._modules: dict[tuple[int, str], Module | str] = {}
         self._images: dict[str, Image] = {}
+        self._names: dict[tuple[int, int], Frame] = {}
 
     def close(self) -> None:
         """Give the files back."""
@@ -134,6 +136,15 @@ class Unwinder:
         return found if isinstance(found, Module) else None
 
     def _named(self, address: int, lookup: int) -> Frame:
+        """The frame with its function's name; the same few return addresses come again and again."""
+        found = self._names.get((address, lookup))
+        if found is None:
+            if len(self._names) >= MAX_NAMES:
+                self._names.clear()
+            found = self._names[address, lookup] = self._looked_up(address, lookup)
+        return found
+
+    def _looked_up(self, address: int, lookup: int) -> Frame:
         region = self._region_at(lookup)
         if region is None:
             return Frame(address)
@@ -154,6 +165,7 @@ class Unwinder:
         """The stack from there on, innermost frame first; `registers` are those that are known besides."""
         if self._region_at(pc) is None or self._region_at(sp) is None:
             self._regions = None  # mappings come and go
+            self._names = {}
         first = _Step({**(registers or {}), RIP: pc, RSP: sp}, pc)
         steps, why = self._walk([first])
         for _ in range(MAX_SCANS):

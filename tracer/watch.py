@@ -39,14 +39,14 @@ from tracer.sampling import MemorySampler
 from tracer.sites.model import CALLBACK, DONE, SITE_NAMES
 from tracer.spending import HitPrice, Spending
 from tracer.target import Target
-from tracer.verdict import as_evidence, judge
+from tracer.verdict import LOOP_BUSY, UNKNOWN, as_evidence, judge
 
 ECANCELED = 125
 FULL, ALERT_ONLY, NONE = "full", "alert", "none"
 MODES: dict[str, tuple[str, ...]] = {FULL: SITE_NAMES, ALERT_ONLY: (DONE, CALLBACK), NONE: ()}
 
-#: While a request is late, how often to see whether it went on; seconds.
-RESOLVE_S = 0.05
+#: While a request is late, how often to see whether it went on, and where many are; seconds.
+RESOLVE_S, RESOLVE_MANY_S = 0.05, 0.25
 #: Without probes, how often memory is sampled: so many times in a deadline, in seconds at most and at least.
 SAMPLES, SAMPLE_S, SAMPLE_MIN_S = 4, 1.0, 0.01
 #: Without probes, how often new pools are searched for, and how soon after the last time if there are new
@@ -58,8 +58,11 @@ SEARCH_SHARE, SEARCH_SHARE_FIRST = 1 / 400, 1 / 20
 #: samples, by which it may be older than it looks: PATIENCE_S of tracer.inspect and a little; and the pause after a
 #: proof that failed; seconds.
 PROOF_S, FAILED_S = 0.25, 0.25
-#: After so many alerts in so many seconds, further late requests are looked at together, so often; seconds.
+#: After so many alerts in so many seconds on a loop that is only slow (FOR_SLOWNESS), further late requests are looked
+#: at together, so often; seconds.
 MANY_ALERTS, MANY_ALERTS_S, TOGETHER_S = 8, 10.0, 1.0
+#: What is said of requests whose home thread runs, and comes round late.
+FOR_SLOWNESS = frozenset({LOOP_BUSY, UNKNOWN})
 #: A scan a little after the deadline sees the request as overdue; seconds.
 MARGIN_S = 0.002
 
@@ -135,7 +138,7 @@ class Watch:
         self._spending = self._make_spending(price or HitPrice())
         self._stepped = self._stepped_in_period = False
         self._adopted = False
-        self._alert_times: deque[float] = deque(maxlen=MANY_ALERTS)
+        self._slow_times: deque[float] = deque(maxlen=MANY_ALERTS)
         self._next_full = self._next_look = 0.0
         self.alerts = 0
         self.next_scan = self._began
@@ -291,7 +294,7 @@ class Watch:
             limit = self._limit_of(record)
             if limit is not None and now >= max(limit, self._next_look):
                 self._consider(record, now)
-        if self._next_look <= now and self._many_alerts(now):
+        if self._next_look <= now and self._only_slow(now):
             self._next_look = now + TOGETHER_S
         self._ignored = {a: r for a, r in self._ignored.items() if records.get(a) == r}
         if self._adopted and self._probes and not any(record.before for record in records.values()):
@@ -306,10 +309,14 @@ class Watch:
         assert self._probes is not None
         found = ((address, self._probes.record(address)) for address in self._alerted)
         self._resolve({address: record for address, record in found if record is not None}, now)
-        self.next_scan = min(self._next_full, now + RESOLVE_S) + MARGIN_S
+        self.next_scan = min(self._next_full, now + self._resolve_s(now)) + MARGIN_S
 
-    def _many_alerts(self, now: float) -> bool:
-        return len(self._alert_times) == MANY_ALERTS and now - self._alert_times[0] < MANY_ALERTS_S
+    def _resolve_s(self, now: float) -> float:
+        return RESOLVE_MANY_S if now < self._next_look else RESOLVE_S
+
+    def _only_slow(self, now: float) -> bool:
+        """Whether many requests are late lately, and none of them is lost: a host or a loop with too much to do."""
+        return len(self._slow_times) == MANY_ALERTS and now - self._slow_times[0] < MANY_ALERTS_S
 
     def _records(self) -> dict[int, Record]:
         if self._probes is not None and self._mode != NONE:
@@ -349,7 +356,7 @@ class Watch:
                 due = min(due, max(limit, self._next_look))
         self._next_full = due
         if self._alerted:
-            due = min(due, now + RESOLVE_S)
+            due = min(due, now + self._resolve_s(now))
         self.next_scan = max(due, now) + MARGIN_S
 
     def _resolve(self, records: dict[int, Record], now: float) -> None:
@@ -471,7 +478,10 @@ class Watch:
             alerted.cause = verdict.cause
             self._alerted[record.request] = alerted
             self.alerts += 1
-            self._alert_times.append(alerted.judged)
+            if verdict.cause in FOR_SLOWNESS:
+                self._slow_times.append(alerted.judged)
+            else:
+                self._slow_times.clear()
             self._period_alerts += 1
             self._emit(self._alert(record, finding, verdict.cause, verdict.explanation))
 
@@ -568,6 +578,16 @@ class Watch:
         if self._with_submit and total.missed:
             notes.append(f"{total.missed} hits of probes were not seen")
         return tuple(notes)
+
+    def last_look(self) -> None:
+        """Tell of those that went on since the last scan."""
+        if not self._alerted:
+            return
+        if self._probes is not None and self._mode != NONE:
+            self._follow_alerted(time.monotonic())
+        elif self._sampler is not None:
+            self._sampler.sample(time.monotonic_ns())
+            self._resolve(self._sampler.records(), time.monotonic())
 
     # -- end ----------------------------------------------------------------------------------------
 

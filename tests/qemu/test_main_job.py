@@ -13,6 +13,7 @@ from tracer.lab import faults
 from tracer.lab.guest import Workload, guest
 from tracer.lab.process import continue_process, stop_process
 from tracer.lab.qemu import Drive, Qemu, paused, storage_daemon
+from tracer.watch import MANY_ALERTS
 
 KINDS = ("write", "read", "flush", "discard")
 DEADLINES = ["200ms", "1s", "5s"]
@@ -116,6 +117,30 @@ def test_the_alert_comes_at_the_deadline(qemu: Qemu, pool: faults.PoolHandle, de
         assert trace.finish() == 3
     assert alert["cause"] == "lost-wakeup"
     assert 0 <= alert["overdue_s"] <= 0.1
+
+
+def test_many_in_a_row_are_each_told_at_once(qemu: Qemu, pool: faults.PoolHandle) -> None:
+    """Late requests of a slow loop are looked at together; lost ones never wait for that."""
+    with traced(qemu.pid, "--deadline", "200ms") as trace:
+        for _ in range(MANY_ALERTS + 4):
+            lost = faults.lose(qemu, "d0", "write", pool)
+            alert = trace.expect("alert")
+            assert (int(alert["request"], 16), alert["cause"]) == (lost.request, "lost-wakeup")
+            assert 0 <= alert["overdue_s"] <= 0.1
+            lost.free()
+            trace.expect("resolved")
+
+
+@pytest.mark.parametrize("mode", ["full", "alert", "none"])
+def test_freed_at_the_last_moment(qemu: Qemu, pool: faults.PoolHandle, mode: str) -> None:
+    """What goes on right before the end is told, too."""
+    with traced(qemu.pid, "--deadline", "300ms", "--probes", mode) as trace:
+        lost = faults.lose(qemu, "d0", "write", pool)
+        trace.expect("alert")
+        lost.free()
+        assert trace.finish() == 3
+    (resolved,) = trace.named("resolved")
+    assert int(resolved["request"], 16) == lost.request
 
 
 def test_a_completion_lost_before_we_came(qemu: Qemu, pool: faults.PoolHandle) -> None:
