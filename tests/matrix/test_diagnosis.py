@@ -122,4 +122,4 @@ def test_a_guest_goes_on_and_loses_nothing(root: Path, release: Release, loop: s
     ways = (by_monitor, by_force) if _monitor_reaches(release, loop) else (by_force,)
     with TemporaryDirectory(dir=root / "tmp", prefix="aio-trace-") as folder:
         iothread = "io0" if loop == "iothread" else None
-        free_a_guest(Path(folder), image_format, iothread, ways, max(1, ROUNDS // 2), root)
+        free_a_guest(Path(folder), image_format, iothread, ways, ROUNDS, root)
