@@ -6,10 +6,14 @@ that can be pasted, and the exit status of the command. Knows nothing of where t
 
 from __future__ import annotations
 
+import errno
+
 EXIT_OK = 0
 EXIT_FAILED = 1
 EXIT_USAGE = 2
 EXIT_ALERT = 3
+
+OUT_OF_FILES = frozenset((errno.EMFILE, errno.ENFILE))
 
 
 class AioTraceError(Exception):
@@ -76,6 +80,13 @@ class FaultError(AioTraceError):
 
 class HostError(AioTraceError):
     """Something the host lacks: permission, kernel feature, package."""
+
+
+def gone(pid: int, error: OSError) -> AioTraceError:
+    """What an error of /proc/PID means: the process has ended, or we may open no more files."""
+    if error.errno in OUT_OF_FILES:
+        return HostError("aio-trace may open no more files", "ulimit -n 65536")
+    return TargetExited(f"process {pid} has ended")
 
 
 class NotPermitted(HostError):

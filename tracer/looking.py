@@ -19,7 +19,7 @@ from tracer.memory import read_string
 from tracer.pools import Pool, Request, ThreadCounts
 from tracer.posix_aio import Operation
 from tracer.records import dataclass
-from tracer.target import FILE_SYSCALLS, Thread
+from tracer.target import FILE_SYSCALLS, Thread, printable
 from tracer.verdict import MAX_FRAMES, Facts, HomeStack, Look
 from tracer.view import Frame, ProcessView, Stack
 
@@ -55,6 +55,7 @@ class Looker:
         self._stacks: dict[int, tuple[Thread, Stack]] = {}
         self._pool_looks: dict[int, tuple[float, tuple[Look, ...]]] = {}
         self._beside: dict[int, tuple[tuple[Look, ...], dict[str, Any]]] = {}
+        self._pool_counts: dict[int, tuple[float, ThreadCounts]] = {}
         self._walks: dict[int, tuple[float, frozenset[int]]] = {}
         self._all_threads: tuple[float, list[Thread]] | None = None
 
@@ -263,11 +264,19 @@ class Looker:
             return f"{call.name} on {file}" if file else call.name
         if call.name in ("open", "openat"):
             path = read_string(self._view.memory, call.args[0 if call.name == "open" else 1])
-            return f"{call.name} of {path}" if path else call.name
+            return f"{call.name} of {printable(path)}" if path else call.name
         return call.name
 
     def _counts(self, pool: Pool) -> ThreadCounts:
-        """The thread counters. Up to 7.0 each worker is idle for a moment after each request: that does not count."""
+        """The thread counters, a moment ago at most: they are looked at for a while where workers are idle."""
+        began, known = self._pool_counts.get(pool.address, (0.0, None))
+        if known is None or time.monotonic() - began > FRESH_S:
+            known = self._counted(pool)
+            self._pool_counts[pool.address] = time.monotonic(), known
+        return known
+
+    def _counted(self, pool: Pool) -> ThreadCounts:
+        """Up to 7.0 each worker is idle for a moment after each request: that does not count."""
         seen = [self._reader.threads(pool)]
         while seen[-1].idle and len(seen) < LOOKS_FOR_IDLE and self._view.core is None:
             time.sleep(LOOK_PAUSE_S)

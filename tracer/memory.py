@@ -11,7 +11,7 @@ import struct
 from collections.abc import Iterable, Iterator
 from typing import Protocol
 
-from tracer.errors import FaultError, NotPermitted, TargetExited
+from tracer.errors import FaultError, NotPermitted, gone
 from tracer.target import Region, Target
 
 PAGE = os.sysconf("SC_PAGE_SIZE")
@@ -65,7 +65,7 @@ class LiveMemory:
                 f"sudo aio-trace --pid {target.pid}",
             ) from error
         except OSError as error:
-            raise TargetExited(f"process {target.pid} has ended") from error
+            raise gone(target.pid, error) from error
 
     def read(self, address: int, size: int) -> bytes:
         """Exactly `size` bytes at `address`, or FaultError."""
@@ -96,7 +96,7 @@ class LiveMemory:
         try:
             pagemap = os.open(f"/proc/{self._target.pid}/pagemap", os.O_RDONLY | os.O_CLOEXEC)
         except OSError as error:
-            raise TargetExited(f"process {self._target.pid} has ended") from error
+            raise gone(self._target.pid, error) from error
         try:
             for region in regions:
                 for start, end in _existing(pagemap, region):

@@ -10,7 +10,7 @@ import os
 import queue
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 
 from tracer.build import Build
@@ -20,6 +20,27 @@ from tracer.nudge import Nudge
 from tracer.qmp import SocketMonitor
 from tracer.target import Target
 from tracer.verdict import LOST_KICK, LOST_WAKEUP
+
+MOST_REMEMBERED = 4096
+
+
+class NudgedRequests:
+    """When what was at an address was nudged last: QEMU gives a request's memory to a later one. Seconds."""
+
+    def __init__(self) -> None:
+        self._when: dict[int, float] = {}
+
+    def add(self, requests: Iterable[int], when: float) -> None:
+        """These are nudged now."""
+        for request in requests:
+            self._when.pop(request, None)
+            self._when[request] = when
+        for request in list(self._when)[: max(0, len(self._when) - MOST_REMEMBERED)]:
+            del self._when[request]
+
+    def covers(self, request: int, since: float) -> bool:
+        """Whether the request there, which is in its state since then, was nudged already."""
+        return since < self._when.get(request, since)
 
 
 class Nudger:
@@ -32,7 +53,7 @@ class Nudger:
         self._say = say
         self._asked: queue.SimpleQueue[Alert | None] = queue.SimpleQueue()
         self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
-        self._done: set[int] = set()
+        self._nudged = NudgedRequests()
         self.fd, self._write_fd = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         self._thread = threading.Thread(target=self._run, name="nudger", daemon=True)
         self._thread.start()
@@ -41,10 +62,6 @@ class Nudger:
         """Nudge for this alert soon, if a nudge is for it."""
         if alert.cause in (LOST_WAKEUP, LOST_KICK):
             self._asked.put(alert)
-
-    def went_on(self, request: int) -> None:
-        """The request at this address is over: what comes there next is another one."""
-        self._done.discard(request)
 
     def collect(self) -> list[Event]:
         """What came of it since the last time."""
@@ -66,9 +83,9 @@ class Nudger:
 
     def _run(self) -> None:
         while (alert := self._asked.get()) is not None:
-            if alert.request in self._done:
+            if self._nudged.covers(alert.request, alert.time - alert.age_s):
                 continue
-            self._done.add(alert.request)
+            self._nudged.add([alert.request], time.time())
             try:
                 events: list[Event] = list(self._nudge())
             except AioTraceError as error:
@@ -81,7 +98,7 @@ class Nudger:
         nudge = Nudge(self._target, self._build, self._say)
         try:
             seen = nudge.diagnose()
-            self._done.update(stuck.request.address for stuck in seen.curable)
+            self._nudged.add([stuck.request.address for stuck in seen.curable], time.time())
             monitor = SocketMonitor(self._target, self._path)
             try:
                 return list(nudge.by_monitor(seen, monitor))

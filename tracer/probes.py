@@ -610,6 +610,13 @@ class Probes:
         """The requests under way, by address; one that is there all the while is never left out."""
         return self._programs.records(self._pid)
 
+    def under_way(self) -> dict[int, Record]:
+        """As records(), without those that ended since shared records were read for another process."""
+        found = self.records()
+        if not self._programs.is_shared:
+            return found
+        return {request: record for request, record in found.items() if self.record(request) == record}
+
     def record(self, request: int) -> Record | None:
         """One request's record now, or None."""
         return self._programs.record(self._pid, request)
@@ -644,7 +651,7 @@ class Probes:
         are read while it counts on may be behind, and never go back.
         """
         found = self._programs.ended(self._pid)
-        for record in self.records().values():
+        for record in self.under_way().values():
             if not record.before:
                 counts = found.setdefault(record.subject, Statistics())
                 counts.submitted += 1

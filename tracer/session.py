@@ -10,14 +10,14 @@ import os
 import select
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from tracer import kept, probes, records
 from tracer.build import Build, debug_place, read_build
-from tracer.errors import AioTraceError, HostError, NoSuchProcess, NotQemu, SitesNotFound, TargetExited
-from tracer.events import Alert, Event, Failure, Resolved
+from tracer.errors import AioTraceError, HostError, NoSuchProcess, NotQemu, SitesNotFound, TargetExited, gone
+from tracer.events import Alert, Event, Failure
 from tracer.records import dataclass
 from tracer.spending import HitPrice
 from tracer.target import Target, list_pids, looks_like_qemu, open_target, qemu_hint
@@ -28,11 +28,16 @@ if TYPE_CHECKING:
 
     from tracer.nudger import Nudger
 
+#: Device, inode, size and times of a file.
+Executable = tuple[int, int, int, int, int]
+
 FOREVER_S = 3600.0
 #: More processes of one executable than this share their probes.
 SHARED_FROM = 4
 #: How often new QEMUs are looked for; and how much sooner than planned one may be looked at with others; seconds.
 FOLLOW_S, TOGETHER_S = 2.0, 0.05
+#: At every so many looks for new QEMUs, those processes are looked at again that were none before.
+EVERYBODY = 15
 
 
 class Stop:
@@ -59,6 +64,7 @@ class Options:
     on_alert: str | None = None
     nudge: str | None = None  # the QMP socket of the only process
     follow: bool = False  # QEMUs that start later, too
+    named: Collection[int] = ()  # the processes that were asked for by number
 
 
 class Session:
@@ -80,11 +86,11 @@ class Session:
         self._progress = progress
         self._out_fd = out_fd
         self._watches: dict[int, Watch] = {}
-        self._builds: dict[tuple[int, int], Build] = {}
+        self._builds: dict[Executable, Build] = {}
         self._children: list[subprocess.Popen[bytes]] = []
         self._nudger: Nudger | None = None
         self._price = HitPrice()
-        self._shared: dict[tuple[int, int], probes.Programs] = {}
+        self._shared: dict[Executable, probes.Programs] = {}
         self._newcomers = Newcomers(pids)
         self._next_look = 0.0
         self.alerts = 0
@@ -128,7 +134,7 @@ class Session:
             return None
 
     def _failed(self, error: AioTraceError, pid: int) -> None:
-        if self._options.follow and isinstance(error, NoSuchProcess):
+        if self._options.follow and isinstance(error, NoSuchProcess) and pid not in self._options.named:
             return  # what has ended already was none that hangs
         if len(self._pids) == 1 and not self._options.follow:
             raise error
@@ -148,6 +154,7 @@ class Session:
         except BrokenPipeError:
             raise
         except (AioTraceError, OSError) as error:
+            self._forget_unused()
             self._failed(_explained(target, error), target.pid)
             return
         if watch:
@@ -162,6 +169,7 @@ class Session:
             return None
         programs = self._programs_of(target, build) if shared and probes.can_be_shared(target.pid) else None
         watch = Watch(target, build, self._options.settings, self._emit, self._price)
+        watch.executable = executable_of(target)
         try:
             if self._options.nudge:
                 # The monitor's library takes as long to import as a third of all the rest.
@@ -188,8 +196,9 @@ class Session:
 
     def _build_of(self, target: Target) -> Build:
         try:
-            status = os.stat(target.image_path)
-            key = (status.st_dev, status.st_ino)
+            key = executable_of(target)
+            if key is None:
+                raise TargetExited(f"process {target.pid} has ended")
             if key not in self._builds:
                 name, place = f"process {target.pid} ({target.exe})", debug_place(target)
                 only = self._options.settings.locate_by
@@ -202,7 +211,7 @@ class Session:
             error.hint = qemu_hint(target.pid)
             raise
         except OSError as error:
-            raise TargetExited(f"process {target.pid} has ended") from error
+            raise gone(target.pid, error) from error
         return self._builds[key]
 
     def _emit(self, event: Event) -> None:
@@ -212,8 +221,6 @@ class Session:
                 self._run_command(self._options.on_alert, event)
             if self._nudger:
                 self._nudger.ask(event)
-        elif isinstance(event, Resolved) and self._nudger:
-            self._nudger.went_on(event.request)
         self._emit_to(event)
 
     def _run_command(self, command: str, alert: Alert) -> None:
@@ -253,6 +260,8 @@ class Session:
                 next_table += interval * max(1, -(-(now - next_table) // interval))
             if self._options.follow and now >= self._next_look:
                 self._look_for_newcomers()
+            if not self._watches and not self._options.follow:
+                return  # the last one has ended under our eyes
             due = min([end, next_table, *(watch.next_scan for watch in self._watches.values())])
             if self._options.follow:
                 due = min(due, self._next_look)
@@ -283,8 +292,8 @@ class Session:
     def _scan(self, fd: int, watch: Watch) -> None:
         try:
             watch.scan()
-        except TargetExited:
-            self._target_ended(fd)
+        except TargetExited as error:
+            self._target_ended(fd, error.message)
 
     def _wait(self, timeout_s: float) -> None:
         """Sleep until something is due, a process ends, we are told to stop or nobody reads any more."""
@@ -302,15 +311,24 @@ class Session:
             elif fd in self._watches:
                 self._target_ended(fd)
 
-    def _target_ended(self, fd: int) -> None:
+    def _target_ended(self, fd: int, reason: str | None = None) -> None:
         watch = self._watches.pop(fd)
         os.close(fd)
         try:
-            watch.ended()
+            watch.ended(reason)
             self._refresh()
             watch.counts(final=True)
         finally:
             watch.close()
+            self._forget_unused()
+
+    def _forget_unused(self) -> None:
+        """What was made for executables that no watched process runs any more."""
+        used = {watch.executable for watch in self._watches.values()}
+        for executable in self._shared.keys() - used:
+            self._shared.pop(executable).close()
+        for executable in self._builds.keys() - used:
+            del self._builds[executable]
 
     def _refresh(self) -> None:
         for programs in self._shared.values():
@@ -322,7 +340,8 @@ class Session:
             self._end_nudges()
             self._refresh()
             for watch in self._watches.values():
-                watch.last_look()
+                with suppress(TargetExited):
+                    watch.last_look()
                 watch.counts(final=True)
         finally:
             for programs in self._shared.values():
@@ -340,35 +359,44 @@ class Session:
 
 
 class Newcomers:
-    """Finds QEMUs that were not there before."""
+    """Finds QEMUs that were not there before.
+
+    What starts a QEMU is a process of another name first, mostly not for long; those are looked at again, too, but
+    not as often.
+    """
 
     def __init__(self, known: Sequence[int]) -> None:
         """`known`: those that are traced from the start."""
         self._known = set(known)
         self._seen: dict[int, int] = {}  # how often each pid was seen
+        self._looks = 0
 
     def look(self) -> list[int]:
-        """QEMUs since the last look. One that was something else at two looks stays that: what starts a QEMU
-        is a process of another name first, but not for long."""
+        """QEMUs since the last look."""
         pids = set(list_pids())
+        self._looks += 1
+        everybody = self._looks % EVERYBODY == 0
         self._known &= pids
         self._seen = {pid: self._seen.get(pid, 0) + 1 for pid in pids}
-        young = sorted(pid for pid, times in self._seen.items() if times <= 2 and pid not in self._known)
+        young = sorted(pid for pid, times in self._seen.items() if (everybody or times <= 2) and pid not in self._known)
         found = [pid for pid in young if looks_like_qemu(pid)]
         self._known.update(found)
         return found
 
 
-def executable_of(target: Target) -> tuple[int, int] | None:
-    """What tells executables apart, None if the process has ended."""
+def executable_of(target: Target) -> Executable | None:
+    """What tells executables apart, None if the process has ended.
+
+    The number of a file is given to another one when it is gone, and a file may be written anew.
+    """
     try:
         status = os.stat(target.image_path)
     except OSError:
         return None
-    return status.st_dev, status.st_ino
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
-def crowded_executables(targets: Sequence[Target]) -> set[tuple[int, int] | None]:
+def crowded_executables(targets: Sequence[Target]) -> set[Executable | None]:
     """Executables that more than SHARED_FROM of the processes run."""
     count = Counter(executable_of(target) for target in targets)
     return {executable for executable, times in count.items() if times > SHARED_FROM}

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from functools import cached_property
 
-from tracer.errors import NoSuchProcess, NotPermitted, NotQemu, TargetExited
+from tracer.errors import OUT_OF_FILES, NoSuchProcess, NotPermitted, NotQemu, TargetExited, gone
 from tracer.records import dataclass
 
 AT_ENTRY = 9
@@ -190,8 +190,10 @@ class Target:
         """False when the process ended, is a zombie, or its pid belongs to another one."""
         try:
             _, fields = _stat_fields(self.pid)
-        except (OSError, ValueError):
+        except ValueError:
             return False
+        except OSError as error:
+            return error.errno in OUT_OF_FILES  # then it is not known
         return fields[0] not in "ZX" and int(fields[19]) == self.start_time
 
     @property
@@ -217,7 +219,12 @@ class Target:
             return None
         found = re.search(r"^voluntary_ctxt_switches:\s*(\d+)", status, re.M)
         return Thread(
-            tid, name, fields[0], self._syscall(tid), int(found[1]) if found else 0, *_schedule(self.pid, tid)
+            tid,
+            printable(name),
+            fields[0],
+            self._syscall(tid),
+            int(found[1]) if found else 0,
+            *_schedule(self.pid, tid),
         )
 
     def last_cpu(self, tid: int) -> int | None:
@@ -254,7 +261,7 @@ class Target:
         try:
             text = _read_text(f"/proc/{self.pid}/maps")
         except OSError as error:
-            raise TargetExited(f"process {self.pid} has ended") from error
+            raise gone(self.pid, error) from error
         return list(_parse_maps(text))
 
     def entry_address(self) -> int:
@@ -263,16 +270,16 @@ class Target:
             with open(f"/proc/{self.pid}/auxv", "rb") as file:
                 data = file.read()
         except OSError as error:
-            raise TargetExited(f"process {self.pid} has ended") from error
+            raise gone(self.pid, error) from error
         for kind, value in struct.iter_unpack("QQ", data[: len(data) // 16 * 16]):
             if kind == AT_ENTRY:
                 return int(value)
         raise TargetExited(f"process {self.pid} has ended")
 
     def file_of(self, fd: int) -> str | None:
-        """What a file descriptor of the process refers to, or None."""
+        """What a file descriptor of the process refers to, by a name that can be shown; None if it is not open."""
         try:
-            return os.readlink(f"/proc/{self.pid}/fd/{fd}")
+            return printable(os.readlink(f"/proc/{self.pid}/fd/{fd}"))
         except OSError as error:
             return LONG_NAME if error.errno == errno.ENAMETOOLONG else None
 
@@ -343,6 +350,18 @@ def _exe_of(pid: int) -> str:
         return next(region.path for region in target.regions() if region.start <= entry < region.end)
     except (TargetExited, StopIteration):
         return LONG_NAME
+
+
+def printable(name: str) -> str:
+    """A name as it can be shown: what is no text, or would do something to a terminal, stands with backslashes."""
+    if name.isprintable():
+        return name
+    return "".join(letter if letter.isprintable() else _escaped(letter) for letter in name)
+
+
+def _escaped(letter: str) -> str:
+    byte = ord(letter) - 0xDC00  # how Python keeps bytes that are no UTF-8
+    return f"\\x{byte:02x}" if 0x80 <= byte <= 0xFF else letter.encode("unicode_escape").decode()
 
 
 def find_qemus() -> list[int]:

@@ -14,7 +14,7 @@ from dataclasses import field
 from tracer import figures, posix_aio, probes
 from tracer.budget import Decision
 from tracer.build import Build, load
-from tracer.errors import HostError
+from tracer.errors import FaultError, HostError, TargetExited
 from tracer.events import (
     Alert,
     Attached,
@@ -63,6 +63,8 @@ PROOF_S, FAILED_S = 0.25, 0.25
 MANY_ALERTS, MANY_ALERTS_S, TOGETHER_S = 8, 10.0, 1.0
 #: What is said of requests whose home thread runs, and comes round late.
 FOR_SLOWNESS = frozenset({LOOP_BUSY, UNKNOWN})
+#: How often to see whether the process still runs the same program; seconds.
+PROGRAM_S = 5.0
 #: A scan a little after the deadline sees the request as overdue; seconds.
 MARGIN_S = 0.002
 
@@ -95,6 +97,7 @@ def parameters_of(build: Build, settings: Settings, shared: bool = False) -> pro
 class _Alerted:
     record: Record
     pool: int | None
+    since_ns: int
     causes: set[str] = field(default_factory=set)
     judged: float = 0.0
     cause: str = ""
@@ -116,8 +119,14 @@ class Watch:
         self._build = build
         self._settings = settings
         self._emit = emit
+        self.executable: object = None  # what the session tells executables apart by
         self._view = LiveView(target)
-        self._loaded = load(self._view, build)
+        try:
+            self._entry = self._view.entry_address()
+            self._loaded = load(self._view, build)
+        except BaseException:
+            self._view.close()
+            raise
         self._reader = self._loaded.reader
         self._looker = Looker(self._view, self._loaded)
         self._proved: dict[int, Record] = {}
@@ -139,7 +148,7 @@ class Watch:
         self._stepped = self._stepped_in_period = False
         self._adopted = False
         self._slow_times: deque[float] = deque(maxlen=MANY_ALERTS)
-        self._next_full = self._next_look = 0.0
+        self._next_full = self._next_look = self._next_program_look = 0.0
         self.alerts = 0
         self.next_scan = self._began
         self._tids: set[int] = set()
@@ -256,6 +265,9 @@ class Watch:
             self._without_probes(error)
         if NONE in (before, self._mode):
             self._change_source()
+        elif self._mode == FULL:
+            # Those that are not done yet had no record.
+            self._adopt(self._reader.find(self._view.heap_chunks()))
         if self._mode != before:
             stepped = Stepped(time.time(), self.target.pid, before, self._mode, decision.share, self._settings.budget)
             self._emit(stepped)
@@ -287,6 +299,10 @@ class Watch:
             self._follow_alerted(now)
             return
         records = self._records()
+        if now >= self._next_program_look:
+            self._next_program_look = now + PROGRAM_S
+            if self.target.entry_address() != self._entry:
+                raise TargetExited(f"process {self.target.pid} runs another program")
         if self._mode == NONE:
             now = time.monotonic()  # a proof takes its time
         self._resolve(records, now)
@@ -323,7 +339,7 @@ class Watch:
             return self._probes.records()
         if self._sampler is not None:
             self._find_pools(time.monotonic())
-            self._sampler.sample(time.monotonic_ns())
+            self._sample(self._sampler)
             return self._prove(self._sampler)
         return {}
 
@@ -368,10 +384,10 @@ class Watch:
             ):
                 continue
             del self._alerted[address]
-            since = alerted.record.done_ns or alerted.record.submit_ns
             # What the probes followed from its submit on, they count.
             self._late += bool(alerted.record.done_ns) and (self._mode == NONE or alerted.record.before)
-            self._emit(Resolved(time.time(), self.target.pid, address, alerted.pool, now - since / 1e9, alerted.cause))
+            after_s = now - alerted.since_ns / 1e9
+            self._emit(Resolved(time.time(), self.target.pid, address, alerted.pool, after_s, alerted.cause))
 
     def _consider(self, record: Record, now: float) -> None:
         """An overdue record: believe memory, not the record, then judge and tell."""
@@ -381,8 +397,8 @@ class Watch:
         # One proof serves one judgement.
         if self._mode == NONE and self._proved.pop(record.request, None) != record:
             return
-        since = record.done_ns or record.submit_ns
-        finding = self._looker.look(record.request, now - since / 1e9)
+        since_ns = known.since_ns if known else record.done_ns or record.submit_ns
+        finding = self._looker.look(record.request, now - since_ns / 1e9)
         if finding is None or not self._still(record):
             if known is None:
                 self._drop(record)
@@ -390,7 +406,8 @@ class Watch:
         if _never_overdue(finding) or not _agrees(finding, record):
             self._ignored[record.request] = record
             return
-        self._judged(record, finding, known)
+        pool = finding.pool.address if finding.pool else None
+        self._judged(finding, known or _Alerted(record, pool, since_ns))
 
     def _still(self, record: Record) -> bool:
         if self._probes is None or self._mode == NONE:
@@ -418,7 +435,7 @@ class Watch:
                 sampler.restart(address, time.monotonic_ns())
         self._proved |= {address: record for address, record in sampler.records().items() if address in found}
         self._next_proof = 0.0 if found else time.monotonic() + FAILED_S
-        sampler.sample(time.monotonic_ns())
+        self._sample(sampler)
         return sampler.records()
 
     def _suspicious(self, sampler: MemorySampler, record: Record, now: float) -> bool:
@@ -469,23 +486,23 @@ class Watch:
             self._probes.forget(record)
             self._stale += self._with_submit and not record.before
 
-    def _judged(self, record: Record, finding: Finding, known: _Alerted | None) -> None:
+    def _judged(self, finding: Finding, alerted: _Alerted) -> None:
         verdict = judge(finding.facts)
-        alerted = known or _Alerted(record, finding.pool.address if finding.pool else None)
         alerted.judged = time.monotonic()
         if verdict.cause not in alerted.causes:
             alerted.causes.add(verdict.cause)
             alerted.cause = verdict.cause
-            self._alerted[record.request] = alerted
+            self._alerted[finding.request.address] = alerted
             self.alerts += 1
             if verdict.cause in FOR_SLOWNESS:
                 self._slow_times.append(alerted.judged)
             else:
                 self._slow_times.clear()
             self._period_alerts += 1
-            self._emit(self._alert(record, finding, verdict.cause, verdict.explanation))
+            self._emit(self._alert(alerted, finding, verdict.cause, verdict.explanation))
 
-    def _alert(self, record: Record, finding: Finding, cause: str, explanation: str) -> Alert:
+    def _alert(self, alerted: _Alerted, finding: Finding, cause: str, explanation: str) -> Alert:
+        record = alerted.record
         request, pool, operation = finding.request, finding.pool, finding.operation
         done = record.done_ns != 0
         now_ns = time.monotonic_ns()
@@ -501,7 +518,7 @@ class Watch:
             operation.bytes,
             request.state.name,
             request.ret,
-            (now_ns - (record.done_ns or record.submit_ns)) / 1e9,
+            (now_ns - alerted.since_ns) / 1e9,
             self._settings.deadline_s if done else self._settings.slow_s,
             cause,
             explanation,
@@ -563,7 +580,7 @@ class Watch:
         sampled = len(self._sampler.records()) if self._sampler else None
         if self._probes is None or (self._mode == NONE and not final):
             return Requests(None, None, None, None, sampled)
-        in_flight = len(self._probes.records()) if self._with_submit else sampled
+        in_flight = len(self._probes.under_way()) if self._with_submit else sampled
         return figures.requests(total, in_flight, self._settings.mode == FULL)
 
     def _count_notes(self, total: Statistics, final: bool) -> tuple[str, ...]:
@@ -586,14 +603,23 @@ class Watch:
         if self._probes is not None and self._mode != NONE:
             self._follow_alerted(time.monotonic())
         elif self._sampler is not None:
-            self._sampler.sample(time.monotonic_ns())
+            self._sample(self._sampler)
             self._resolve(self._sampler.records(), time.monotonic())
+
+    def _sample(self, sampler: MemorySampler) -> None:
+        """Take a sample. Raises TargetExited where nothing can be read: memory goes before the process does."""
+        sampler.sample(time.monotonic_ns())
+        try:
+            self._view.memory.read(self._entry, 1)
+        except FaultError as error:
+            raise TargetExited(f"process {self.target.pid} has ended") from error
 
     # -- end ----------------------------------------------------------------------------------------
 
-    def ended(self) -> None:
-        """Tell that the process is gone."""
-        self._emit(TargetEnded(time.time(), self.target.pid, f"process {self.target.pid} has ended"))
+    def ended(self, reason: str | None = None) -> None:
+        """Tell that the process is gone, or is no QEMU any more."""
+        reason = reason or f"process {self.target.pid} has ended"
+        self._emit(TargetEnded(time.time(), self.target.pid, reason))
 
     def close(self) -> None:
         """Detach; the process goes on untouched."""

@@ -95,12 +95,12 @@ def counts(loaded: Probes) -> dict[str, int]:
     return {name: value for name in COUNTERS if (value := getattr(seen, name))}
 
 
-def open_kernel_objects() -> int:
-    """How many BPF and perf descriptors this process has."""
+def open_kernel_objects(pid: int | str = "self") -> int:
+    """How many BPF and perf descriptors a process has."""
     links = []
-    for name in os.listdir("/proc/self/fd"):
+    for name in os.listdir(f"/proc/{pid}/fd"):
         try:
-            links.append(os.readlink(f"/proc/self/fd/{name}"))
+            links.append(os.readlink(f"/proc/{pid}/fd/{name}"))
         except OSError:
             continue
     return sum(1 for link in links if re.search(r"bpf|perf_event", link))

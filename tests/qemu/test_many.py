@@ -5,24 +5,31 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from tests.kernel.attaching import open_kernel_objects
 from tests.qemu.test_bad_weather import probed_sites
 from tests.qemu.tracing import PATIENCE_S, ROOT, Trace, traced
-from tracer import kernel
+from tracer import kernel, session
 from tracer.budget import Decision
 from tracer.build import read_build
-from tracer.events import Alert, Counts, Event, Failure, Resolved, Stepped
+from tracer.events import Alert, Attached, Counts, Event, Failure, Resolved, Stepped
 from tracer.lab import faults
-from tracer.lab.qemu import SYSTEM, Qemu, paused
-from tracer.session import SHARED_FROM, Newcomers
+from tracer.lab.process import wait_until
+from tracer.lab.qemu import STORAGE_DAEMON, SYSTEM, Qemu, paused, storage_daemon
+from tracer.lab.storage import storage
+from tracer.probes import Parameters, Programs
+from tracer.session import EVERYBODY, SHARED_FROM, Newcomers, Options, Session, Stop
+from tracer.sites.model import SITE_NAMES
 from tracer.target import open_target
 from tracer.watch import ALERT_ONLY, FULL, NONE, Settings, Watch
 
@@ -126,8 +133,83 @@ def test_those_that_start_later_are_followed_too(qemus: list[Qemu]) -> None:
         assert trace.finish() == 3
 
 
-def test_what_starts_a_qemu_is_another_program_first(tmp_path: Path) -> None:
-    """libvirt forks, and the child becomes QEMU some time later."""
+def test_another_program_in_the_same_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An upgrade may write a file anew, or get a freed one's number: what was known of the old one is gone."""
+    ours: list[int] = []
+    events: list[Event] = []
+    monkeypatch.setattr(session, "list_pids", lambda: list(ours))
+    monkeypatch.setattr(session, "FOLLOW_S", 0.1)
+    monkeypatch.setenv("QEMU_MODULE_DIR", str(next(Path("/usr/lib").glob("*/qemu/accel-tcg-*.so")).parent))
+    program = tmp_path / "qemu-in-one-file"
+    stop = Stop()
+    trace = Session([], Options(Settings(), interval_s=0, follow=True), events.append, stop)
+    thread = threading.Thread(target=trace.run, args=(time.monotonic(),))
+    before = open_kernel_objects()
+
+    def of(kind: type[Event], qemu: Qemu) -> list[Event]:
+        return [event for event in events if isinstance(event, kind) and event.pid == qemu.pid]
+
+    def watched(qemu: Qemu) -> Attached:
+        ours.append(qemu.pid)
+        (attached,) = qemu.wait_until(lambda: of(Attached, qemu))
+        assert isinstance(attached, Attached)
+        return attached
+
+    try:
+        shutil.copy(str(shutil.which(STORAGE_DAEMON)), program)
+        thread.start()
+        with storage_daemon(exe=str(program)) as first:
+            watched(first)
+        ours.clear()
+        wait_until(lambda: of(Counts, first) and open_kernel_objects() == before, PATIENCE_S, "the probes to be gone")
+        number = program.stat().st_ino
+        with open(program, "r+b") as file:
+            file.truncate(0)
+            file.write(Path(str(shutil.which(SYSTEM))).read_bytes())
+        assert program.stat().st_ino == number
+        with paused(exe=str(program)) as second:
+            found = {probe.site: probe.address for probe in watched(second).probes}
+            for _ in range(5):
+                second.request("d0", "write")
+    finally:
+        stop.request()
+        thread.join()
+    assert found == {name: site.address for name, site in read_build(str(program), "it").located.sites.items()}
+    (counts,) = of(Counts, second)
+    assert isinstance(counts, Counts)
+    assert counts.requests.completed == 5
+
+
+def test_shared_counts_of_one_that_ends_meanwhile() -> None:
+    """What was read for another process of the executable a moment ago is not counted on top of what ended since."""
+    with storage() as slow, paused([slow.drive()]) as qemu, paused() as other, contextlib.ExitStack() as stack:
+        for each in (qemu, other):
+            each.request("d0", "write")
+        pool = faults.pool_of(qemu, "d0")
+        located = read_build(open_target(qemu.pid).image_path, SYSTEM).located
+        what = Parameters(shared=True, fresh_s=PATIENCE_S)
+        programs = Programs(located.sites_of(*SITE_NAMES), located.layout.element, what)
+        stack.callback(programs.close)
+        watches = [InProcess(each, shared=programs) for each in (qemu, other)]
+        for watched in watches:
+            stack.callback(watched.watch.close)
+        qemu.request("d0", "write")
+        with slow.held():
+            handle = qemu.submit("d0", "write")
+            qemu.wait_until(lambda: list(faults.requests_of(qemu, pool).values()) == [1])
+            programs.refresh()
+            watches[1].watch.counts(final=False)
+        qemu.finish("d0", handle)
+        watches[0].watch.counts(final=False)
+    (counts,) = watches[0].named(Counts)
+    assert isinstance(counts, Counts)
+    requests = counts.requests
+    assert (requests.submitted, requests.done, requests.completed, requests.in_flight) == (2, 2, 2, 0)
+
+
+@pytest.mark.parametrize(("before", "after"), [(1, 1), (5, EVERYBODY)])
+def test_what_starts_a_qemu_is_another_program_first(tmp_path: Path, before: int, after: int) -> None:
+    """libvirt forks, and the child becomes QEMU a moment later; a container's first program takes its time."""
     program = tmp_path / SYSTEM
     program.symlink_to("/bin/sleep")
     real = tmp_path / "bin" / SYSTEM
@@ -138,13 +220,13 @@ def test_what_starts_a_qemu_is_another_program_first(tmp_path: Path) -> None:
     known.look()
     shell = subprocess.Popen(["/bin/sh", "-c", f"read x; exec {real} 60"], stdin=subprocess.PIPE)
     try:
-        assert shell.pid not in known.look()
+        assert all(shell.pid not in known.look() for _ in range(before))
         assert shell.stdin
         shell.stdin.write(b"\n")
         shell.stdin.flush()
         while os.readlink(f"/proc/{shell.pid}/exe") != str(real):
             time.sleep(0.01)
-        assert shell.pid in known.look()
+        assert any(shell.pid in known.look() for _ in range(after))
         assert shell.pid not in known.look()
     finally:
         shell.kill()
@@ -157,12 +239,14 @@ def test_what_starts_a_qemu_is_another_program_first(tmp_path: Path) -> None:
 class InProcess:
     """A watch that the test steps by hand."""
 
-    def __init__(self, qemu: Qemu, deadline_s: float = 0.2) -> None:
+    def __init__(
+        self, qemu: Qemu, deadline_s: float = 0.2, slow_s: float = 10.0, shared: Programs | None = None
+    ) -> None:
         self.events: list[Event] = []
         target = open_target(qemu.pid)
         build = read_build(target.image_path, target.exe)
-        self.watch = Watch(target, build, Settings(deadline_s=deadline_s, budget=10.0), self.events.append)
-        self.watch.attach(time.monotonic())
+        self.watch = Watch(target, build, Settings(deadline_s, slow_s, budget=10.0), self.events.append)
+        self.watch.attach(time.monotonic(), shared)
 
     def step(self, mode: str) -> None:
         """As the budget decides."""
@@ -225,10 +309,38 @@ def test_a_stuck_request_is_told_once_through_all_steps(paused_qemu: Qemu, stepp
         for _ in range(3):
             time.sleep(0.1)
             stepped.watch.scan()
-    assert len(stepped.named(Alert)) == 1
+    (alert,) = stepped.named(Alert)
     assert stepped.named(Resolved) == []
     lost.free()
-    stepped.until(Resolved)
+    resolved = stepped.until(Resolved)
+    assert isinstance(alert, Alert)
+    assert isinstance(resolved, Resolved)
+    assert resolved.after_s >= alert.age_s + 0.6  # as old as it is, not as the last step
+
+
+def test_those_under_way_when_all_probes_come_back() -> None:
+    """Without the submit probe nothing is known of a request that is not finished: it is found in memory."""
+    with storage() as slow, paused([slow.drive()]) as qemu:
+        qemu.request("d0", "write")
+        pool = faults.pool_of(qemu, "d0")
+        watched = InProcess(qemu, slow_s=0.5)
+        try:
+            watched.step(ALERT_ONLY)
+            with slow.held():
+                handle = qemu.submit("d0", "write")
+                qemu.wait_until(lambda: list(faults.requests_of(qemu, pool).values()) == [1])
+                watched.step(FULL)
+                alert = watched.until(Alert)
+                assert isinstance(alert, Alert)
+                assert alert.cause == "worker-stuck"
+            watched.until(Resolved)
+            qemu.finish("d0", handle)
+            watched.watch.counts(final=True)
+        finally:
+            watched.watch.close()
+    (counts,) = watched.named(Counts)
+    assert isinstance(counts, Counts)
+    assert (counts.requests.submitted, counts.requests.completed, counts.requests.in_flight) == (0, 0, 0)
 
 
 @pytest.mark.parametrize("mode", [ALERT_ONLY, NONE])
