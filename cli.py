@@ -21,12 +21,14 @@ STARTED = time.monotonic()
 import json  # noqa: E402
 import os  # noqa: E402
 import re  # noqa: E402
+import resource  # noqa: E402
 import sys  # noqa: E402
 from collections.abc import Callable, Sequence  # noqa: E402
 from contextlib import closing, suppress  # noqa: E402
 from typing import Any, TextIO  # noqa: E402
 
 import click  # noqa: E402
+from click.core import ParameterSource  # noqa: E402
 
 from tracer import __version__  # noqa: E402
 from tracer.errors import (  # noqa: E402
@@ -87,16 +89,25 @@ class Share(click.ParamType[float]):
 class Streams:
     """Standard output for results alone; whatever else prints to it (BCC, clang) goes to standard error."""
 
-    def __init__(self) -> None:
+    def __init__(self, ending_fd: int | None = None) -> None:
+        """`ending_fd` becomes readable when all is to end, also for a reader who does not read; None: signals do it."""
         self.out_fd = os.dup(1)
-        self.out: TextIO = os.fdopen(self.out_fd, "w", encoding="utf-8", errors="backslashreplace")
+        self._errors: TextIO | None = None
+        if ending_fd is None:
+            self.out: TextIO = os.fdopen(self.out_fd, "w", encoding="utf-8", errors="backslashreplace")
+        else:
+            from tracer import output
+
+            self.out = output.text(self.out_fd, ending_fd)
+            self._errors = output.text(2, ending_fd)
         os.dup2(2, 1)
 
     def progress(self, text: str) -> None:
         """A message to people; where nobody listens any more, that is no reason to end."""
         try:
-            print(text, file=sys.stderr, flush=True)
+            print(text, file=self._errors or sys.stderr, flush=True)
         except OSError:
+            self._errors = None
             _to_nobody()
 
 
@@ -125,6 +136,13 @@ def _open_standard_streams() -> None:
         sys.stdout = os.fdopen(1, "w", closefd=False)
     if sys.stderr is None:
         sys.stderr = os.fdopen(2, "w", closefd=False)
+
+
+def _allow_many_files() -> None:
+    """Each QEMU takes a dozen descriptors; what is allowed at first is for programs that use select(2)."""
+    with suppress(OSError, ValueError):
+        _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def _handle_signals(stop: Callable[[], None]) -> None:
@@ -241,6 +259,7 @@ def aio_trace(
     come. Ctrl-C ends it. Exit status: 0 no alert, 1 could not do it, 2 usage, 3 at least one alert.
     """
     if ctx.invoked_subcommand is not None:
+        _refuse_options_before(ctx, ctx.invoked_subcommand)
         return
     if not pids and not everything:
         raise click.UsageError("Which QEMU? Give --pid PID, or --all.")
@@ -250,8 +269,16 @@ def aio_trace(
     from tracer.watch import Settings
 
     settings = Settings(deadline, slow, mode, locate_by=locate_by, budget=budget)
-    options = Options(settings, interval, duration or 0.0, on_alert, nudge_socket, everything)
+    options = Options(settings, interval, duration or 0.0, on_alert, nudge_socket, everything, pids)
     ctx.exit(_trace(pids, everything, options, as_json, verbose))
+
+
+def _refuse_options_before(ctx: click.Context, command: str) -> None:
+    """Those of the main job mean nothing to a command; it has its own."""
+    for parameter in ctx.command.params:
+        if parameter.name and ctx.get_parameter_source(parameter.name) is ParameterSource.COMMANDLINE:
+            option = parameter.opts[0]
+            raise click.UsageError(f"{option} belongs behind the command: aio-trace {command} {option} ...")
 
 
 def _trace(pids: Sequence[int], everything: bool, options: Any, as_json: bool, verbose: bool) -> int:
@@ -260,7 +287,7 @@ def _trace(pids: Sequence[int], everything: bool, options: Any, as_json: bool, v
 
     stop = Stop()
     _handle_signals(stop.request)
-    streams = Streams()
+    streams = Streams(stop.fd)
     chosen = list(dict.fromkeys([*pids, *(_every_qemu() if everything else [])]))
     lines, table = (
         JsonWriter(streams.out),
@@ -642,14 +669,25 @@ def _report(
         streams.progress(note)
     streams.progress(f"aio-trace: {error.message}")
     if error.hint:
-        streams.progress(f"  try: {error.hint}")
+        from tracer.report import as_typed
+
+        streams.progress(f"  try: {as_typed(error.hint)}")
 
 
 def main() -> None:
     """The console script."""
     _open_standard_streams()
+    _allow_many_files()
     try:
         code = aio_trace.main(standalone_mode=False, prog_name="aio-trace")
+    except (MemoryError, OSError) as error:
+        if "-v" in sys.argv:
+            raise
+        reason = "there is not enough memory" if isinstance(error, MemoryError) else str(error)
+        print(
+            f"aio-trace: it cannot go on here: {reason}\n  try: ulimit -a    # what this shell allows", file=sys.stderr
+        )
+        code = EXIT_FAILED
     except click.exceptions.Abort:
         code = EXIT_OK
     except click.UsageError as error:

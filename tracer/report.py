@@ -6,9 +6,13 @@ Knows: formats. Does not know where values come from.
 from __future__ import annotations
 
 import json
+import os
+import re
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
+from functools import cache
 from typing import Any, Protocol, TextIO
 
 from tracer.events import (
@@ -41,6 +45,25 @@ ADVICE_LOST_WAKEUP = (
     "snapshot, shutdown): QEMU's monitor would hang, too."
 )
 WIDTH = 79
+NAME = "aio-trace"
+
+
+def as_typed(command: str) -> str:
+    """A command line of ours that can be pasted: with the path of the program where the shell would not find it."""
+    return re.sub(r"^(sudo )?aio-trace\b", lambda found: (found[1] or "") + _program(), command)
+
+
+@cache
+def _program() -> str:
+    path = os.path.abspath(sys.argv[0])
+    found = (os.access(os.path.join(folder, NAME), os.X_OK) for folder in os.get_exec_path())
+    return NAME if os.path.basename(path) != NAME or any(found) else _quoted(path)
+
+
+def _quoted(path: str) -> str:
+    import shlex
+
+    return shlex.quote(path)
 
 
 def wrapped(text: str) -> str:
@@ -327,7 +350,7 @@ class TableWriter:
         elif isinstance(event, Failure):
             self._progress(f"aio-trace: {self._of(event)}{event.message}")
             if event.hint:
-                self._progress(f"  try: {event.hint}")
+                self._progress(f"  try: {as_typed(event.hint)}")
 
     def _print(self, text: str) -> None:
         self._out.write(text + "\n")
@@ -420,7 +443,7 @@ class TableWriter:
             lines.append("  It was there when aio-trace came: it may have been late for long.")
         if event.cause == LOST_WAKEUP:
             lines.append(wrapped(ADVICE_LOST_WAKEUP))
-            lines.append(f"  sudo aio-trace nudge --pid {event.pid} --qmp SOCKET")
+            lines.append("  " + as_typed(f"sudo aio-trace nudge --pid {event.pid} --qmp SOCKET"))
         self._print("\n".join(lines))
 
     def _what(self, event: Alert) -> str:
@@ -542,7 +565,7 @@ def _bugs_text(bugs: Sequence[BugNote] | None) -> str:
 def _readiness(event: Checked) -> str:
     if event.ready:
         target = event.pid if event.pid is not None else "PID"
-        return f"ready: sudo aio-trace --pid {target}"
+        return "ready: " + as_typed(f"sudo aio-trace --pid {target}")
     lacking = [need.need for need in event.host if need.required and not need.ok]
     if not event.sites:
         lacking.insert(0, "probe sites")

@@ -6,6 +6,8 @@ a user would.
 
 from __future__ import annotations
 
+import array
+import fcntl
 import json
 import os
 import random
@@ -14,6 +16,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import termios
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -29,6 +32,7 @@ from tests.conftest import require
 from tests.qemu.tracing import Trace, traced
 from tracer.build import read_build
 from tracer.elf import Image
+from tracer.lab import faults
 from tracer.lab.process import continue_process, peek, stop_process
 from tracer.lab.qemu import STORAGE_DAEMON, Drive, Qemu, paused, storage_daemon
 from tracer.target import open_target
@@ -39,6 +43,8 @@ PATIENCE_S = 60.0
 NOBODY = 65534
 #: Ended by being told, not by chance later on: a second by the contract, the rest for a machine that is busy.
 PROMPTLY_S = 20.0
+#: So many tenths of a second without a line more: it waits for its reader.
+STEADY = 10
 BREAKPOINT = b"\xcc"
 #: At how many random moments a trace is ended by each signal; the long form is asked for by the environment.
 MOMENTS = int(os.environ.get("AIO_TRACE_REPEAT", "6"))
@@ -305,6 +311,18 @@ def test_qemu_is_killed_while_it_is_traced(mode: str) -> None:
         assert trace.summary["requests"]["completed"] == 23
 
 
+@pytest.mark.parametrize("mode", ["full", "alert", "none"])
+def test_qemu_is_killed_while_a_request_is_late(mode: str) -> None:
+    """The hung VM is destroyed: its request did not go on."""
+    with paused() as machine, traced(machine.pid, "--deadline", "200ms", "--probes", mode) as trace:
+        faults.lose(machine, "d0", "write")
+        trace.expect("alert")
+        os.kill(machine.pid, signal.SIGKILL)
+        trace.expect("ended")
+        assert trace.process.wait(PATIENCE_S) == 3
+    assert trace.named("resolved") == []
+
+
 def test_qemu_is_killed_while_we_attach() -> None:
     """Whenever it ends: either it was attached and there is a summary, or status 1 says that it ended."""
     dice = random.Random(7)
@@ -331,6 +349,43 @@ def test_qemu_stops_and_goes_on(qemu: Qemu) -> None:
         qemu.request("d0", "write")
         assert trace.finish() == 0
     assert trace.summary["requests"]["completed"] == 2
+
+
+def test_another_program_in_the_same_process(tmp_path: Path) -> None:
+    """A wrapper that is taken for QEMU's end: the number and the start are the same, the program is not."""
+    source = tmp_path / "become.c"
+    source.write_text(
+        "#include <signal.h>\n#include <unistd.h>\n"
+        'static void become(int n) { (void)n; execl("/bin/sleep", "sleep", "60", (char *)0); }\n'
+        "__attribute__((constructor)) static void prepare(void) { signal(SIGUSR2, become); }\n"
+    )
+    library = tmp_path / "become.so"
+    subprocess.run(["gcc", "-shared", "-fPIC", "-o", library, source], check=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LD_PRELOAD", str(library))
+        starting = paused()
+    with starting as qemu, traced(qemu.pid) as trace:
+        os.kill(qemu.pid, signal.SIGUSR2)
+        assert "another program" in trace.expect("ended")["reason"]
+        assert trace.process.wait(PATIENCE_S) == 0
+
+
+@pytest.mark.parametrize("limit", [6, 8, 12, 18, 24])
+def test_hardly_any_files_may_be_opened(qemu: Qemu, limit: int) -> None:
+    """Whatever fails first: one sentence, and nobody is said to have ended."""
+    shell = ["bash", "-c", f'ulimit -n {limit}; exec "$@"', "bash"]
+    done = run("--pid", str(qemu.pid), "--duration", "300ms", prefix=shell)
+    assert done.returncode in (0, 1)
+    assert "has ended" not in done.stderr
+    assert "there is no process" not in done.stderr
+
+
+@pytest.mark.parametrize("arguments", [("--json", "inspect"), ("--pid", "1", "check"), ("--deadline", "2s", "nudge")])
+def test_options_ahead_of_a_command(qemu: Qemu, arguments: tuple[str, ...]) -> None:
+    """They are the main job's; to ignore them would be to do something else than was asked for."""
+    done = run(*arguments, "--pid", str(qemu.pid))
+    assert (done.returncode, done.stdout) == (2, "")
+    assert f"aio-trace {arguments[-1]} {arguments[0]}" in done.stderr
 
 
 # How we are ended
@@ -361,8 +416,12 @@ def ended_after(qemu: Qemu, number: signal.Signals, pause_s: float) -> bool:
 
 
 def is_pythons_own_interrupt(status: int, messages: str) -> bool:
-    """Ctrl-C before the first line of ours ran: Python's start-up says so in its own words."""
+    """Ctrl-C before the first line of ours ran: Python's start-up says so in its own words.
+
+    Line 0 of a module is what Python does before the first.
+    """
     ours = ("cli.py", "tracer/")
+    messages = messages.replace('cli.py", line 0, in', "")
     return status != 0 and "KeyboardInterrupt" in messages and not any(name in messages for name in ours)
 
 
@@ -438,6 +497,13 @@ def test_the_duration_ends_it(qemu: Qemu) -> None:
 # Who reads us
 
 
+def waiting_in(reader: int) -> int:
+    """How many bytes of a pipe nobody has read yet."""
+    count = array.array("i", [0])
+    fcntl.ioctl(reader, termios.FIONREAD, count)
+    return count[0]
+
+
 def test_nobody_reads_any_more(qemu: Qemu) -> None:
     """`aio-trace --json … | head -1`: it notices at once, not at its next line, which may never come."""
     process = subprocess.Popen(
@@ -453,6 +519,32 @@ def test_nobody_reads_any_more(qemu: Qemu) -> None:
     assert_calm(process.stderr.read().decode())
     process.stderr.close()
     assert probed_sites(qemu) == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("options", [(), ("--json",)])
+def test_somebody_who_does_not_read(qemu: Qemu, options: tuple[str, ...], number: signal.Signals) -> None:
+    """`aio-trace … 2>&1 | less`, left on its first page: the pipe fills up, and it ends all the same when told to."""
+    reader, writer = os.pipe()
+    fcntl.fcntl(writer, fcntl.F_SETPIPE_SZ, 8192)
+    command = [*CLI, "--pid", str(qemu.pid), "--interval", "20ms", *options]
+    process = subprocess.Popen(command, stdout=writer, stderr=writer)
+    try:
+        held = [0]
+        while not held[-1] or held[-1] != held[max(0, len(held) - STEADY)] or len(held) < STEADY:
+            time.sleep(0.1)
+            held.append(waiting_in(reader))
+            assert process.poll() is None
+        process.send_signal(number)
+        told = time.monotonic()
+        assert process.wait(PATIENCE_S) == 0
+        assert time.monotonic() - told < PROMPTLY_S
+    finally:
+        os.close(reader)
+        os.close(writer)
+        if process.poll() is None:
+            process.kill()
+            process.wait()
 
 
 @pytest.mark.parametrize("options", [(), ("--json",)])
@@ -583,6 +675,12 @@ def test_two_traces_of_one_process(qemu: Qemu) -> None:
         qemu.request("d0", "write")
         assert other.finish() == 0
     assert [trace.summary["requests"]["completed"] for trace in (one, other)] == [1, 2]
+
+
+def test_all_and_one_that_is_not_there(qemu: Qemu) -> None:
+    with Trace.of([*CLI, "--all", "--pid", "4194303", "--json", "--interval", "0"]) as trace:
+        assert "4194303" in trace.expect("error")["message"]
+        trace.finish()
 
 
 def test_all(qemu: Qemu, second_qemu: Qemu) -> None:
