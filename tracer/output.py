@@ -10,10 +10,7 @@ import errno
 import io
 import os
 import select
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from _typeshed import ReadableBuffer
+from typing import Any
 
 #: What is written at once: PIPE_BUF, pipe(7).
 AT_ONCE = 4096
@@ -36,7 +33,7 @@ class PatientOutput(io.RawIOBase):
         """The descriptor."""
         return self._fd
 
-    def write(self, data: ReadableBuffer) -> int:
+    def write(self, data: Any) -> int:
         """Write some of it. BrokenPipeError where nobody has read until the end, or will."""
         if not self._room():
             raise BrokenPipeError(errno.EPIPE, "nobody reads")

@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[2]
 # from earlier lines; neighbours on one line do not know each other.
 STAGES: tuple[tuple[str, ...], ...] = (
     ("tracer", "bpf"),
-    ("tracer.errors", "tracer.cache", "tracer.records", "tracer.kernel"),
+    ("tracer.errors", "tracer.cache", "tracer.records", "tracer.kernel", "tracer.output"),
     ("tracer.layout", "tracer.known_bugs", "tracer.budget", "tracer.maps", "tracer.compiler"),
     ("tracer.target", "tracer.elf"),
     ("tracer.debug_files",),
