@@ -118,9 +118,20 @@ class NudgeRefused(AioTraceError):
     """There is nothing that a nudge is for, or nothing that it could do; nothing was done."""
 
 
+class NothingLost(NudgeRefused):
+    """No finished request waits for its callback."""
+
+
 class InjectionRefused(NudgeRefused):
     """The call could not safely be made inside the process; it was not made."""
 
 
 class LabError(AioTraceError):
     """The lab could not start, fault or free its own throw-away QEMU."""
+
+
+def pasted(path: str) -> str:
+    """A path or other word as it must be typed in a shell, and is no option; for hints."""
+    import shlex  # of no use until something fails
+
+    return shlex.quote(f"./{path}" if path.startswith("-") else path)
