@@ -42,6 +42,7 @@ from tracer.events import Diagnosis, Event, Failure  # noqa: E402
 
 if TYPE_CHECKING:
     from tracer.events import Nudged
+    from tracer.live import LiveView
     from tracer.nudge import Nudge, Outcome
     from tracer.qmp import Monitor
     from tracer.survey import Survey
@@ -326,11 +327,15 @@ def _unwind_at_signals() -> None:
 
 @contextmanager
 def _while_it_lives(target: Target) -> Iterator[None]:
-    """What goes wrong because the process ended meanwhile is told as that."""
-    from tracer.errors import TargetExited
+    """What goes wrong because the process ended meanwhile is told as that; without root, the same with sudo helps."""
+    from tracer.errors import NotPermitted, TargetExited
 
     try:
         yield
+    except NotPermitted as error:
+        if os.geteuid():
+            error.hint = _retyped(target.pid)(target.pid)
+        raise
     except AioTraceError as error:
         try:
             target.check_memory()
@@ -395,15 +400,20 @@ def inspect(
         raise click.UsageError("--exe belongs to --core.")
     if save is not None and pid is None:
         raise click.UsageError("--save belongs to --pid.")
+    if save == "":
+        raise click.UsageError("--save needs the name of a file.")
     streams = Streams()
+    failure: AioTraceError | None = None
     try:
         if core is not None:
             found = _inspect_core(core, exe)
         elif save is not None:
-            found = _inspect_and_save(pid or 0, deadline, save, streams.progress)
+            found, failure = _inspect_and_save(pid or 0, deadline, save, streams.progress)
         else:
             found = _inspect_pid(pid or 0, deadline)
         _write_diagnosis(streams, found, as_json, verbose)
+        if failure is not None:
+            raise failure
     except Interrupted:
         streams.progress("interrupted; nothing was saved")
         return EXIT_FAILED
@@ -417,38 +427,60 @@ def inspect(
 
 
 def _inspect_pid(pid: int, deadline: float) -> Diagnosis:
-    from tracer.build import read_build
-    from tracer.inspect import diagnose
     from tracer.live import LiveView
     from tracer.target import open_target
 
-    target = open_target(pid)
-    with closing(LiveView(target)) as view:
-        return diagnose(view, read_build(target.image_path, target.exe), deadline, STARTED)
+    target = open_target(pid, _retyped(pid))
+    with _while_it_lives(target), closing(LiveView(target)) as view:
+        return _diagnosed(view, deadline)
 
 
-def _inspect_and_save(pid: int, deadline: float, path: str, progress: Callable[[str], None]) -> Diagnosis:
-    """As _inspect_pid, with a core and the report in files; the diagnosis is made before the process stops."""
-    from tracer.build import read_build
+def _diagnosed(view: LiveView, deadline: float) -> Diagnosis:
+    """What is said of a live process; TargetExited where it ended before all of it was seen."""
+    from tracer.build import debug_place, read_build
     from tracer.inspect import diagnose
+
+    target = view.target
+    found = diagnose(view, read_build(target.image_path, target.exe, place=debug_place(target)), deadline, STARTED)
+    target.check_memory()
+    return found
+
+
+def _inspect_and_save(
+    pid: int, deadline: float, path: str, progress: Callable[[str], None]
+) -> tuple[Diagnosis, AioTraceError | None]:
+    """As _inspect_pid, with a core and the report in files, or why there are none.
+
+    The diagnosis is made before the process stops.
+    """
     from tracer.live import LiveView
-    from tracer.report_inspect import diagnosis_json
-    from tracer.save import refuse_existing, save, save_report
+    from tracer.save import refuse_existing
     from tracer.target import open_target
 
     _unwind_at_signals()
-    target = open_target(pid)
+    target = open_target(pid, _retyped(pid))
+    refuse_existing(path, f"{path}.json")
+    with _while_it_lives(target), closing(LiveView(target)) as view:
+        found = _diagnosed(view, deadline)
+        try:
+            with _while_it_lives(target):
+                _save(view, found, path, progress)
+        except AioTraceError as error:
+            return found, error
+    return found, None
+
+
+def _save(view: LiveView, found: Diagnosis, path: str, progress: Callable[[str], None]) -> None:
+    from tracer.report_inspect import diagnosis_json
+    from tracer.save import save, save_report
+
     report = f"{path}.json"
-    refuse_existing(path, report)
-    with closing(LiveView(target)) as view:
-        found = diagnose(view, read_build(target.image_path, target.exe), deadline, STARTED)
-        saved = save(view, path)
+    saved = save(view, path)
     save_report(saved, report, json.dumps(diagnosis_json(found)) + "\n")
     progress(f"saved {path} ({saved.size / (1 << 20):.1f} MiB, no guest RAM) and {report}")
     progress(f"the process stood still for {saved.stopped_s * 1e3:.1f} ms while its registers were taken")
     if saved.partial:
         progress(f"{saved.partial} of {saved.threads} threads sleep in the kernel and were not stopped")
-    return found
 
 
 def _inspect_core(core: str, exe: str | None) -> Diagnosis:

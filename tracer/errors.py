@@ -130,6 +130,11 @@ class LabError(AioTraceError):
     """The lab could not start, fault or free its own throw-away QEMU."""
 
 
+def folder_hint(path: str) -> str:
+    """What shows what there is instead of a file that is not."""
+    return f"ls -l {pasted(path.rstrip('/').rpartition('/')[0] or ('/' if path.startswith('/') else '.'))}"
+
+
 def pasted(path: str) -> str:
     """A path or other word as it must be typed in a shell, and is no option; for hints."""
     import shlex  # of no use until something fails
