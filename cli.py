@@ -551,7 +551,7 @@ def check(pid: int | None, exe: str | None, locate: str | None, as_json: bool) -
     signal.signal(signal.SIGPIPE, signal.SIG_IGN)
     writer = JsonWriter(streams.out) if as_json else TableWriter(streams.out, streams.progress)
     try:
-        findings = check_process(pid, locate) if pid is not None else check_file(str(exe), locate)
+        findings = check_file(str(exe), locate) if pid is None else check_process(pid, locate, _retyped(pid))
         _checked(writer.write)(findings.event)
         if findings.failure:
             raise findings.failure
