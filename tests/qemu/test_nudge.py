@@ -562,6 +562,19 @@ def test_no_monitor_there(paused_qemu: Qemu, path: str, sentence: str) -> None:
     lost.free()
 
 
+def test_a_socket_of_no_qemu(paused_qemu: Qemu, tmp_path: Path) -> None:
+    """Its owner is named, but nobody is told to nudge that."""
+    lost = faults.lose(paused_qemu, "d0", "write")
+    with socket.socket(socket.AF_UNIX) as other:
+        other.bind(str(tmp_path / "other"))
+        other.listen()
+        done = nudge(paused_qemu.pid, "--qmp", str(tmp_path / "other"))
+    assert done.status == 1
+    assert f"belongs to process {os.getpid()}, not to {paused_qemu.pid}" in done.errors
+    assert f"/proc/{paused_qemu.pid}/cmdline" in done.errors.splitlines()[-1]
+    lost.free()
+
+
 def test_a_human_monitor_is_told_apart(tmp_path: Path) -> None:
     path = tmp_path / "hmp"
     with paused(extra=["-monitor", f"unix:{path},server=on,wait=off"]) as qemu:
