@@ -23,9 +23,9 @@ import os  # noqa: E402
 import re  # noqa: E402
 import resource  # noqa: E402
 import sys  # noqa: E402
-from collections.abc import Callable, Sequence  # noqa: E402
-from contextlib import closing, suppress  # noqa: E402
-from typing import Any, TextIO  # noqa: E402
+from collections.abc import Callable, Iterator, Sequence  # noqa: E402
+from contextlib import closing, contextmanager, suppress  # noqa: E402
+from typing import TYPE_CHECKING, Any, TextIO  # noqa: E402
 
 import click  # noqa: E402
 from click.core import ParameterSource  # noqa: E402
@@ -41,6 +41,14 @@ from tracer.errors import (  # noqa: E402
     NoSuchProcess,
 )
 from tracer.events import Diagnosis, Event, Failure  # noqa: E402
+
+if TYPE_CHECKING:
+    from tracer.events import Nudged
+    from tracer.live import LiveView
+    from tracer.nudge import Nudge, Outcome
+    from tracer.qmp import Monitor
+    from tracer.survey import Survey
+    from tracer.target import Target
 
 UNITS_S = {"us": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0}
 MAX_DURATION_S = 365 * 24 * 3600.0
@@ -336,6 +344,50 @@ def _interrupt(_number: int, _frame: Any) -> None:
     raise Interrupted
 
 
+def _unwind_at_signals() -> None:
+    """From now on a signal that would end the program raises Interrupted."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        # Under nohup a hang-up stays ignored.
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, _interrupt)
+
+
+@contextmanager
+def _while_it_lives(target: Target) -> Iterator[None]:
+    """What goes wrong because the process ended meanwhile is told as that; without root, the same with sudo helps."""
+    from tracer.errors import NotPermitted, TargetExited
+
+    try:
+        yield
+    except NotPermitted as error:
+        if os.geteuid():
+            error.hint = _retyped(target.pid)(target.pid)
+        raise
+    except AioTraceError as error:
+        try:
+            target.check_memory()
+        except TargetExited as ended:
+            raise ended from error
+        raise
+
+
+def _retyped(pid: int) -> Callable[..., str]:
+    """How the command that runs is typed for another process, or with root's rights."""
+
+    def line(*others: int) -> str:
+        import shlex
+
+        words = sys.argv[1:]
+        at = next((at for at, word in enumerate(words[:-1]) if word == "--pid" and words[at + 1] == str(pid)), None)
+        if at is not None:
+            words[at + 1] = str(others[0])
+        else:
+            words = [f"--pid={others[0]}" if word == f"--pid={pid}" else word for word in words]
+        return f"sudo {shlex.join(['aio-trace', *words])}"
+
+    return line
+
+
 @aio_trace.command()
 @click.option("--pid", type=click.IntRange(min=1), metavar="PID", help="The QEMU to look at.")
 @click.option("--core", type=click.Path(), metavar="FILE", help="A core file of a QEMU to look at instead.")
@@ -375,15 +427,20 @@ def inspect(
         raise click.UsageError("--exe belongs to --core.")
     if save is not None and pid is None:
         raise click.UsageError("--save belongs to --pid.")
+    if save == "":
+        raise click.UsageError("--save needs the name of a file.")
     streams = Streams()
+    failure: AioTraceError | None = None
     try:
         if core is not None:
             found = _inspect_core(core, exe)
         elif save is not None:
-            found = _inspect_and_save(pid or 0, deadline, save, streams.progress)
+            found, failure = _inspect_and_save(pid or 0, deadline, save, streams.progress)
         else:
             found = _inspect_pid(pid or 0, deadline)
         _write_diagnosis(streams, found, as_json, verbose)
+        if failure is not None:
+            raise failure
     except Interrupted:
         streams.progress("interrupted; nothing was saved")
         return EXIT_FAILED
@@ -397,39 +454,60 @@ def inspect(
 
 
 def _inspect_pid(pid: int, deadline: float) -> Diagnosis:
-    from tracer.build import read_build
-    from tracer.inspect import diagnose
     from tracer.live import LiveView
     from tracer.target import open_target
 
-    target = open_target(pid)
-    with closing(LiveView(target)) as view:
-        return diagnose(view, read_build(target.image_path, target.exe), deadline, STARTED)
+    target = open_target(pid, _retyped(pid))
+    with _while_it_lives(target), closing(LiveView(target)) as view:
+        return _diagnosed(view, deadline)
 
 
-def _inspect_and_save(pid: int, deadline: float, path: str, progress: Callable[[str], None]) -> Diagnosis:
-    """As _inspect_pid, with a core and the report in files; the diagnosis is made before the process stops."""
-    from tracer.build import read_build
+def _diagnosed(view: LiveView, deadline: float) -> Diagnosis:
+    """What is said of a live process; TargetExited where it ended before all of it was seen."""
+    from tracer.build import debug_place, read_build
     from tracer.inspect import diagnose
+
+    target = view.target
+    found = diagnose(view, read_build(target.image_path, target.exe, place=debug_place(target)), deadline, STARTED)
+    target.check_memory()
+    return found
+
+
+def _inspect_and_save(
+    pid: int, deadline: float, path: str, progress: Callable[[str], None]
+) -> tuple[Diagnosis, AioTraceError | None]:
+    """As _inspect_pid, with a core and the report in files, or why there are none.
+
+    The diagnosis is made before the process stops.
+    """
     from tracer.live import LiveView
+    from tracer.save import refuse_existing
+    from tracer.target import open_target
+
+    _unwind_at_signals()
+    target = open_target(pid, _retyped(pid))
+    refuse_existing(path, f"{path}.json")
+    with _while_it_lives(target), closing(LiveView(target)) as view:
+        found = _diagnosed(view, deadline)
+        try:
+            with _while_it_lives(target):
+                _save(view, found, path, progress)
+        except AioTraceError as error:
+            return found, error
+    return found, None
+
+
+def _save(view: LiveView, found: Diagnosis, path: str, progress: Callable[[str], None]) -> None:
     from tracer.report_inspect import diagnosis_json
-    from tracer.save import refuse_existing, save, save_report
-    from tracer.target import open_target
+    from tracer.save import save, save_report
 
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, _interrupt)
-    target = open_target(pid)
     report = f"{path}.json"
-    refuse_existing(path, report)
-    with closing(LiveView(target)) as view:
-        found = diagnose(view, read_build(target.image_path, target.exe), deadline, STARTED)
-        saved = save(view, path)
+    saved = save(view, path)
     save_report(saved, report, json.dumps(diagnosis_json(found)) + "\n")
     progress(f"saved {path} ({saved.size / (1 << 20):.1f} MiB, no guest RAM) and {report}")
     progress(f"the process stood still for {saved.stopped_s * 1e3:.1f} ms while its registers were taken")
     if saved.partial:
         progress(f"{saved.partial} of {saved.threads} threads sleep in the kernel and were not stopped")
-    return found
 
 
 def _inspect_core(core: str, exe: str | None) -> Diagnosis:
@@ -468,8 +546,7 @@ def demo(drain: bool, verbose: bool) -> int:
     streams = Streams()
     signal.signal(signal.SIGPIPE, signal.SIG_IGN)
     try:
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            signal.signal(number, _interrupt)
+        _unwind_at_signals()
         Demo(TableWriter(streams.out, streams.progress, verbose=verbose).write, streams.progress, drain).run()
     except Interrupted:
         streams.progress("interrupted; the demo's guest is gone, nothing is left behind")
@@ -501,7 +578,7 @@ def check(pid: int | None, exe: str | None, locate: str | None, as_json: bool) -
     signal.signal(signal.SIGPIPE, signal.SIG_IGN)
     writer = JsonWriter(streams.out) if as_json else TableWriter(streams.out, streams.progress)
     try:
-        findings = check_process(pid, locate) if pid is not None else check_file(str(exe), locate)
+        findings = check_file(str(exe), locate) if pid is None else check_process(pid, locate, _retyped(pid))
         _checked(writer.write)(findings.event)
         if findings.failure:
             raise findings.failure
@@ -555,71 +632,157 @@ def nudge(
     if force and not yes and not sys.stdin.isatty():
         raise click.UsageError("--force asks before it acts, and nobody can answer here; give --yes as well.")
     streams = Streams()
+    _unwind_at_signals()
+    ways = _Ways(socket_path, via, domain, force, yes, timeout)
+    told = _Told()
     try:
-        events = _nudged(pid, socket_path, via, domain, force, yes, timeout, streams)
-        _write_all(events, streams, as_json, verbose)
-    except BrokenPipeError:
-        return EXIT_FAILED
-    except (KeyboardInterrupt, click.Abort):
-        streams.progress("not done")
+        try:
+            _nudged(pid, ways, told, streams)
+        except (Interrupted, click.Abort) as ending:
+            told.stopped = True
+            streams.progress(_not_done(told, isinstance(ending, Interrupted)))
+        except AioTraceError as error:
+            told.failures.append(error)
+        _write_all(told.events, streams, as_json, verbose)
+    except (BrokenPipeError, Interrupted):
         return EXIT_FAILED
     except AioTraceError as error:
-        _report(error, streams, as_json, pid, verbose)
-        return error.status
+        told.failures.append(error)
+    for failure in told.failures:
+        _report(failure, streams, as_json, pid, verbose)
     _close_quietly(streams.out)
-    return EXIT_OK if all(event.freed for event in events) else EXIT_ALERT
+    return told.status
 
 
-def _nudged(
-    pid: int,
-    socket_path: str | None,
-    via: str | None,
-    domain: str | None,
-    force: bool,
-    yes: bool,
-    timeout: float,
-    streams: Streams,
-) -> list[Any]:
-    """Look, then by monitor, then by force; what came of it, one event a request."""
-    from tracer.build import read_build
+class _Ways:
+    """How a lost completion is to be freed, as the options say."""
+
+    def __init__(
+        self, socket_path: str | None, via: str | None, domain: str | None, force: bool, yes: bool, timeout_s: float
+    ) -> None:
+        self.by_monitor = bool(socket_path or via)
+        self.force = force
+        self.yes = yes
+        self._path, self._domain, self._timeout_s = socket_path, domain, timeout_s
+
+    def monitor(self, target: Target) -> Monitor:
+        """The monitor, connected. Raises MonitorError."""
+        from tracer.qmp import SocketMonitor, VirshMonitor
+
+        if self._path:
+            return SocketMonitor(target, self._path, self._timeout_s)
+        return VirshMonitor(target, self._domain, self._timeout_s)
+
+
+class _Told:
+    """What came of a nudge so far; what was sent is known also where it ended early."""
+
+    def __init__(self) -> None:
+        self.events: list[Nudged] = []
+        self.failures: list[AioTraceError] = []
+        self.sent = False
+        self.stopped = False
+
+    def add(self, outcome: Outcome) -> None:
+        """What one way did; of what it was the last to be tried for, its word counts."""
+        latest = {(event.pool, event.request) for event in outcome.events}
+        self.events = [event for event in self.events if (event.pool, event.request) not in latest]
+        self.events += outcome.events
+        self.failures += outcome.failures
+
+    @property
+    def status(self) -> int:
+        """The exit status."""
+        if self.stopped or self.failures:
+            return EXIT_FAILED
+        return EXIT_OK if all(event.freed for event in self.events) else EXIT_ALERT
+
+
+def _not_done(told: _Told, interrupted: bool) -> str:
+    if not interrupted:
+        return "not done"
+    return "interrupted; what was sent is in the audit line" if told.sent else "interrupted; nothing was sent"
+
+
+def _nudged(pid: int, ways: _Ways, told: _Told, streams: Streams) -> None:
+    """Look, then by monitor, then by force; `told` gets what comes of it."""
+    from tracer.build import debug_place, read_build
     from tracer.nudge import Nudge
-    from tracer.qmp import Monitor, SocketMonitor, VirshMonitor
-    from tracer.report import wrapped
     from tracer.target import open_target
 
-    target = open_target(pid)
-    nudger = Nudge(target, read_build(target.image_path, f"process {pid} ({target.exe})"), streams.progress)
-    events: list[Any] = []
-    try:
-        seen = nudger.diagnose()
-        for stuck in seen.curable:
-            streams.progress(f"{stuck.verdict.cause}: request {stuck.request.address:#x}")
-            streams.progress(wrapped(stuck.verdict.explanation))
-        if socket_path or via:
+    target = open_target(pid, _retyped(pid))
+    with _while_it_lives(target):
+        build = read_build(target.image_path, f"process {pid} ({target.exe})", place=debug_place(target))
+        with closing(Nudge(target, build, streams.progress)) as nudger:
             try:
-                monitor: Monitor = (
-                    SocketMonitor(target, socket_path, timeout)
-                    if socket_path
-                    else VirshMonitor(target, domain, timeout)
-                )
-                try:
-                    events = nudger.by_monitor(seen, monitor)
-                finally:
-                    monitor.close()
-            except AioTraceError as error:
-                if not force:
-                    raise
-                streams.progress(f"by monitor: {error.message}")
-            if events and all(event.freed for event in events):
-                return events
-        if force:
-            streams.progress(nudger.plan_force(seen))
-            if not yes:
-                click.confirm("Do it?", abort=True, err=True)
-            events = nudger.force(nudger.diagnose())
-        return events
-    finally:
-        nudger.close()
+                _free(nudger, ways, told, streams)
+            finally:
+                told.sent = bool(nudger.done)
+
+
+def _free(nudger: Nudge, ways: _Ways, told: _Told, streams: Streams) -> None:
+    from tracer.report import wrapped
+
+    seen = nudger.diagnose()
+    for stuck in seen.curable:
+        streams.progress(f"{stuck.verdict.cause}: request {stuck.request.address:#x}")
+        streams.progress(wrapped(stuck.verdict.explanation))
+    if not ways.by_monitor:
+        _force(nudger, seen, ways, told, streams)
+    elif not _by_monitor(nudger, seen, ways, told, streams):
+        left = _left(nudger, seen, told, streams)
+        if left is not None:
+            _force(nudger, left, ways, told, streams)
+
+
+def _by_monitor(nudger: Nudge, seen: Survey, ways: _Ways, told: _Told, streams: Streams) -> bool:
+    """Whether that was all: it freed everything, or there is no --force that may do the rest."""
+    from tracer.nudge import Outcome
+
+    failures: Sequence[AioTraceError] = ()
+    try:
+        with closing(ways.monitor(nudger.target)) as monitor:
+            outcome = nudger.try_monitor(seen, monitor)
+    except AioTraceError as error:
+        if not ways.force:
+            raise
+        failures = (error,)
+    else:
+        if outcome.freed or not ways.force:
+            told.add(outcome)
+            return True
+        told.add(Outcome(outcome.events, ()))
+        failures = outcome.failures
+    nudger.target.check_memory()
+    for failure in failures:
+        streams.progress(f"by monitor: {failure.message}")
+    return False
+
+
+def _left(nudger: Nudge, seen: Survey, told: _Told, streams: Streams) -> Survey | None:
+    """What is lost still, or None where all of it went on by itself after something was sent."""
+    from tracer.errors import NothingLost
+
+    now = None
+    try:
+        now = nudger.diagnose()
+    except NothingLost:
+        if not nudger.done:
+            raise
+        streams.progress("what was lost still went on by itself in the meantime; nothing was called")
+    if nudger.done:
+        told.add(nudger.look_again(seen, now))
+    return now
+
+
+def _force(nudger: Nudge, seen: Survey, ways: _Ways, told: _Told, streams: Streams) -> None:
+    streams.progress(nudger.plan_force(seen))
+    left: Survey | None = seen
+    if not ways.yes:
+        click.confirm("Do it?", abort=True, err=True)
+        left = _left(nudger, seen, told, streams)
+    if left is not None:
+        told.add(nudger.try_force(left))
 
 
 def _write_all(events: Sequence[Event], streams: Streams, as_json: bool, verbose: bool) -> None:

@@ -9,11 +9,12 @@ from __future__ import annotations
 import os
 import stat
 import time
+from collections.abc import Callable
 
 from tracer.build import debug_place
 from tracer.debug_files import Place
 from tracer.elf import Image
-from tracer.errors import AioTraceError, ImageError, NotPermitted, NotQemu
+from tracer.errors import AioTraceError, ImageError, NotQemu, folder_hint, pasted
 from tracer.events import Checked, HostNeed
 from tracer.host import host_needs
 from tracer.known_bugs import bug_notes
@@ -38,17 +39,27 @@ class Findings:
     failure: NoStrategyWorked | None
 
 
-def check_process(pid: int, only: str | None = None) -> Findings:
-    """Check the QEMU that runs as `pid`. Raises NoSuchProcess, NotPermitted, NotQemu or ImageError."""
-    try:
-        target = open_target(pid)
-    except NotPermitted as error:
-        error.hint = (error.hint or "").replace("aio-trace --pid", "aio-trace check --pid")
-        raise
+def check_line(*pids: int) -> str:
+    """How the check of a process is asked for."""
+    return f"sudo aio-trace check --pid {pids[0]}"
+
+
+def check_process(pid: int, only: str | None = None, line: Callable[..., str] = check_line) -> Findings:
+    """Check the QEMU that runs as `pid`; `line` is what hints tell to type for another process.
+
+    Raises NoSuchProcess, NotPermitted, NotQemu or ImageError.
+    """
+    target = open_target(pid, line)
     memory = _memory_need(target)
-    return _check(
-        target.image_path, target.exe, f"process {pid} ({target.exe})", pid, (memory,), only, debug_place(target)
-    )
+    name = f"process {pid} ({target.exe})"
+    try:
+        return _check(target.image_path, target.exe, name, pid, (memory,), only, debug_place(target))
+    except NotQemu as error:
+        error.hint = error.hint or qemu_hint(pid, line)
+        raise
+    except ImageError:
+        target.check_alive()
+        raise
 
 
 def check_file(path: str, only: str | None = None) -> Findings:
@@ -57,10 +68,14 @@ def check_file(path: str, only: str | None = None) -> Findings:
         regular = stat.S_ISREG(os.stat(path).st_mode)
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else str(error)
-        raise ImageError(f"cannot read {path}: {reason}") from error
+        raise ImageError(f"cannot read {path}: {reason}", folder_hint(path)) from error
     if not regular:
         raise ImageError(f"{path} is not a file", "aio-trace check --exe /usr/bin/qemu-system-x86_64")
-    return _check(path, path, path, None, (), only, None)
+    try:
+        return _check(path, path, path, None, (), only, None)
+    except NotQemu as error:
+        error.hint = error.hint or "pgrep -a qemu"
+        raise
 
 
 def _check(
@@ -68,8 +83,7 @@ def _check(
 ) -> Findings:
     with _open(path, exe) as image:
         if image.qemu_evidence() is None:
-            hint = "pgrep -a qemu" if pid is None else qemu_hint(pid)
-            raise NotQemu(f"{name} is no QEMU: it has neither a QEMU version nor a thread pool", hint)
+            raise NotQemu(f"{name} is no QEMU: it has neither a QEMU version nor a thread pool")
         version, build_id, machine = image.qemu_version(), image.build_id, image.machine
         located, attempts, failure = _locate(image, only, place)
     host = (*host_needs(), *needs)
@@ -98,7 +112,9 @@ def _open(path: str, exe: str) -> Image:
         return Image.open(path)
     except ImageError as error:
         if _is_script(path):
-            raise NotQemu(f"{exe} is a script, not a QEMU; check the program that it starts", f"tail {exe}") from error
+            raise NotQemu(
+                f"{exe} is a script, not a QEMU; check the program that it starts", f"tail {pasted(exe)}"
+            ) from error
         raise
 
 

@@ -17,7 +17,7 @@ from typing import Any
 
 from tracer.corefile import CoreFile, CoreThread, FileMapping
 from tracer.elf import Image
-from tracer.errors import CoreError, FaultError, ImageError
+from tracer.errors import CoreError, FaultError, ImageError, pasted
 from tracer.memory import CHUNK, LARGEST_ARENA, PAGE, MemoryReader, read_string
 from tracer.target import AT_ENTRY, Region, Thread
 from tracer.unwind import RIP, RSP, Unwinder
@@ -120,22 +120,29 @@ class CoreView:
         if mapping is None:
             raise ImageError(
                 f"{self.core} does not tell which executable it is of",
-                f"aio-trace inspect --core {self.core} --exe FILE",
+                self._with_exe(),
             )
         return self._open_mapped(mapping)
+
+    def _with_exe(self, which: str = "") -> str:
+        """The same command with an executable."""
+        return f"aio-trace inspect --core {pasted(self.core)} --exe FILE" + (f"    # {which}" if which else "")
 
     def _open_given(self, exe: str, mapping: FileMapping | None) -> Image:
         image = Image.open(exe)
         wanted = self._build_id(mapping)
         if wanted and image.build_id != wanted:
             image.close()
+            its = f"its build id is {image.build_id}" if image.build_id else "it has no build id"
             raise ImageError(
-                f"{exe} is not the executable of this core: its build id is {image.build_id}, the core's is {wanted}",
-                f"aio-trace inspect --core {self.core} --exe FILE, with the file of build id {wanted}",
+                f"{exe} is not the executable of this core: {its}, the core's is {wanted}",
+                self._with_exe(f"the file of build id {wanted}"),
             )
         if not wanted and (self.file.auxv.get(AT_ENTRY, image.entry) - image.entry) % PAGE:
             image.close()
-            raise ImageError(f"{exe} is not the executable of this core: its entry point is elsewhere")
+            raise ImageError(
+                f"{exe} is not the executable of this core: its entry point is elsewhere", self._with_exe()
+            )
         return image
 
     def _open_mapped(self, mapping: FileMapping) -> Image:
@@ -152,14 +159,14 @@ class CoreView:
                 if image.build_id == wanted:
                     return image
                 image.close()
-                why = f"{path} is another build of it ({image.build_id})"
+                why = f"{path} is another build of it ({image.build_id or 'without a build id'})"
         try:
             return self._image_in_core(mapping)
         except (FaultError, ImageError, struct.error):
             build = f" (build id {wanted})" if wanted else ""
             raise ImageError(
                 f"the executable {mapping.path}{build} is not at hand, and the core does not hold its code: {why}",
-                f"aio-trace inspect --core {self.core} --exe FILE, with the file from the host that it ran on",
+                self._with_exe("the file from the host that it ran on"),
             ) from None
 
     def _candidates(self, path: str) -> Iterator[str]:
@@ -184,7 +191,7 @@ class CoreView:
         if entry is None:
             raise CoreError(
                 f"{self.core} does not tell where the executable was loaded: its auxiliary vector is missing",
-                f"aio-trace inspect --core {self.core} --exe FILE",
+                self._with_exe(),
             )
         return entry
 

@@ -11,13 +11,14 @@ from __future__ import annotations
 import json
 import mmap
 import os
+import stat
 import struct
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping
 from functools import cached_property
 from typing import Any, NoReturn
 
-from tracer.errors import CoreError, FaultError
+from tracer.errors import CoreError, FaultError, folder_hint, pasted
 from tracer.memory import PAGE
 from tracer.records import dataclass
 from tracer.target import SystemCall, syscall_name
@@ -206,10 +207,13 @@ class CoreFile:
         if kind != ET_CORE:
             raise CoreError(
                 f"{self.path} is a program or library, not a core file",
-                "aio-trace inspect --core FILE --exe " + self.path,
+                f"aio-trace inspect --core FILE --exe {pasted(self.path)}",
             )
         if machine != EM_X86_64:
-            raise CoreError(f"{self.path} is the core of another machine's process ({machine}); x86-64 is read here")
+            raise CoreError(
+                f"{self.path} is the core of another machine's process ({machine}); x86-64 is read here",
+                f"file {pasted(self.path)}",
+            )
         if phnum == PN_XNUM and shoff + 48 <= len(self._data):
             phnum = struct.unpack_from("<I", self._data, shoff + 44)[0]
         if phentsize < 56 or phnum > _MAX_HEADERS:
@@ -228,7 +232,7 @@ class CoreFile:
                 raise CoreError(f"{self.path} is {what}, not a core of QEMU itself", _TAKE_ONE)
         for magic, packer, command in _PACKED:
             if head.startswith(magic):
-                raise CoreError(f"{self.path} is compressed ({packer})", f"{command} {self.path}")
+                raise CoreError(f"{self.path} is compressed ({packer})", f"{command} {pasted(self.path)}")
         raise CoreError(f"{self.path} is not a core file", _TAKE_ONE)
 
     def _program_headers(self, offset: int, size: int, count: int) -> Iterator[tuple[int, ...]]:
@@ -309,14 +313,21 @@ class CoreFile:
 
 def _map(path: str) -> mmap.mmap:
     try:
+        mode = os.stat(path).st_mode
+        if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+            # To open a named pipe would wait for ever.
+            hint = f"cat {pasted(path)} >qemu.core" if stat.S_ISFIFO(mode) else _TAKE_ONE
+            raise CoreError(f"{path} is not a file", hint)
         with open(path, "rb") as file:
             return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     except FileNotFoundError as error:
-        raise CoreError(f"there is no file {path}") from error
+        raise CoreError(f"there is no file {path}", folder_hint(path)) from error
     except IsADirectoryError as error:
         raise CoreError(f"{path} is a folder, not a core file", _TAKE_ONE) from error
     except PermissionError as error:
-        raise CoreError(f"{path} may not be read: {error.strerror}", f"sudo aio-trace inspect --core {path}") from error
+        raise CoreError(
+            f"{path} may not be read: {error.strerror}", f"sudo aio-trace inspect --core {pasted(path)}"
+        ) from error
     except OSError as error:
         raise CoreError(f"cannot read {path}: {error.strerror}", _TAKE_ONE) from error
     except ValueError as error:

@@ -12,13 +12,14 @@ from __future__ import annotations
 import mmap
 import os
 import re
+import stat
 import struct
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator
 from functools import cached_property
 from types import TracebackType
 
-from tracer.errors import ImageError
+from tracer.errors import ImageError, folder_hint, pasted
 from tracer.records import dataclass
 
 EM_X86_64 = 62
@@ -156,13 +157,22 @@ class Image:
         """Map the file (a path such as /proc/PID/exe will do); ImageError if that cannot be."""
         name = os.fspath(path)
         try:
+            # To open a named pipe would wait for ever.
+            if not stat.S_ISREG(os.stat(name).st_mode):
+                raise ImageError(f"{name} is not a file", f"ls -ld {pasted(name)}")
             with open(name, "rb") as file:
                 data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        except FileNotFoundError as error:
+            raise ImageError(f"cannot read {name}: {error.strerror}", folder_hint(name)) from error
         except (OSError, ValueError) as error:
             reason = error.strerror if isinstance(error, OSError) else "the file is empty"
-            raise ImageError(f"cannot read {name}: {reason}") from error
+            raise ImageError(f"cannot read {name}: {reason}", f"ls -l {pasted(name)}") from error
         try:
             return cls(name, data, debug)
+        except ImageError as error:
+            data.close()
+            error.hint = error.hint or f"file -L {pasted(name)}"
+            raise
         except BaseException:
             data.close()
             raise

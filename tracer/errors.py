@@ -82,13 +82,6 @@ class HostError(AioTraceError):
     """Something the host lacks: permission, kernel feature, package."""
 
 
-def gone(pid: int, error: OSError) -> AioTraceError:
-    """What an error of /proc/PID means: the process has ended, or we may open no more files."""
-    if error.errno in OUT_OF_FILES:
-        return HostError("aio-trace may open no more files", "ulimit -n 65536")
-    return TargetExited(f"process {pid} has ended")
-
-
 class NotPermitted(HostError):
     """Neither root nor the capabilities that are needed."""
 
@@ -129,9 +122,25 @@ class NudgeRefused(AioTraceError):
     """There is nothing that a nudge is for, or nothing that it could do; nothing was done."""
 
 
+class NothingLost(NudgeRefused):
+    """No finished request waits for its callback."""
+
+
 class InjectionRefused(NudgeRefused):
     """The call could not safely be made inside the process; it was not made."""
 
 
 class LabError(AioTraceError):
     """The lab could not start, fault or free its own throw-away QEMU."""
+
+
+def folder_hint(path: str) -> str:
+    """What shows what there is instead of a file that is not."""
+    return f"ls -l {pasted(path.rstrip('/').rpartition('/')[0] or ('/' if path.startswith('/') else '.'))}"
+
+
+def pasted(path: str) -> str:
+    """A path or other word as it must be typed in a shell, and is no option; for hints."""
+    import shlex  # of no use until something fails
+
+    return shlex.quote(f"./{path}" if path.startswith("-") else path)

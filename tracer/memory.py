@@ -11,8 +11,8 @@ import struct
 from collections.abc import Iterable, Iterator
 from typing import Protocol
 
-from tracer.errors import FaultError, NotPermitted, gone
-from tracer.target import Region, Target
+from tracer.errors import FaultError, NotPermitted
+from tracer.target import Region, Target, ended, trace_line
 
 PAGE = os.sysconf("SC_PAGE_SIZE")
 CHUNK = 1 << 20
@@ -62,10 +62,10 @@ class LiveMemory:
         except PermissionError as error:
             raise NotPermitted(
                 f"the memory of process {target.pid} may not be read without root",
-                f"sudo aio-trace --pid {target.pid}",
+                trace_line(target.pid),
             ) from error
         except OSError as error:
-            raise gone(target.pid, error) from error
+            raise ended(target.pid, error) from error
 
     def read(self, address: int, size: int) -> bytes:
         """Exactly `size` bytes at `address`, or FaultError."""
@@ -96,7 +96,7 @@ class LiveMemory:
         try:
             pagemap = os.open(f"/proc/{self._target.pid}/pagemap", os.O_RDONLY | os.O_CLOEXEC)
         except OSError as error:
-            raise gone(self._target.pid, error) from error
+            raise ended(self._target.pid, error) from error
         try:
             for region in regions:
                 for start, end in _existing(pagemap, region):

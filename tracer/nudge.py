@@ -11,19 +11,27 @@ import os
 import re
 import textwrap
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
 from tracer import audit, inject, qcow2
 from tracer.build import Build, load
-from tracer.errors import AioTraceError, CommandRefused, InjectionRefused, MonitorError, NudgeRefused
+from tracer.errors import (
+    AioTraceError,
+    CommandRefused,
+    InjectionRefused,
+    MonitorError,
+    NothingLost,
+    NudgeRefused,
+    TargetExited,
+)
 from tracer.events import Nudged
 from tracer.live import LiveView
 from tracer.looking import Looker
 from tracer.qmp import Monitor, force_hint
 from tracer.records import dataclass
-from tracer.survey import Stuck, Survey, still_stuck, survey
+from tracer.survey import Stuck, Survey, still_stuck, survey, went_on
 from tracer.target import Target
 from tracer.verdict import LOOP_BLOCKED, LOOP_BUSY, LOST_KICK, LOST_WAKEUP, STOPPED, UNPOLLED_KICK
 
@@ -52,6 +60,9 @@ WHY_NOT_FREED = (
     "image waits. {} frees it."
 )
 
+#: What an audit line calls a request that went on, and one whose process ended meanwhile.
+GONE, EXITED = "gone", "exited"
+
 HELP = {
     STOPPED: "kill -CONT {pid}, or end the debugger",
     LOOP_BLOCKED: "end what the loop waits for; see the explanation",
@@ -67,6 +78,44 @@ class Drive:
     argument: str
     files: tuple[str, ...]  # its own first, then those of its backing chain
     format: str | None = None
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of it: an event for each request that something was done for, and why nothing helps the others."""
+
+    events: tuple[Nudged, ...]
+    failures: tuple[AioTraceError, ...]
+
+    @property
+    def freed(self) -> bool:
+        """Whether every request went on."""
+        return not self.failures and all(event.freed for event in self.events)
+
+    def told(self, say: Callable[[str], None]) -> list[Nudged]:
+        """The events, after the failures were said; where there is no event, the first failure is raised."""
+        if self.failures and not self.events:
+            raise self.failures[0]
+        for failure in self.failures:
+            say(failure.message)
+        return list(self.events)
+
+
+class _Talk:
+    """A monitor that is asked, and what it was sent so far: noted before, since it may end in the midst of it."""
+
+    def __init__(self, monitor: Monitor, sent: list[str]) -> None:
+        self._monitor = monitor
+        self._sent = sent
+
+    def execute(self, command: str, arguments: Mapping[str, object] | None = None, line: str | None = None) -> Any:
+        """As a Monitor does; `line` is how people know the command."""
+        self._sent.append(line or command)
+        return self._monitor.execute(command, arguments)
+
+    def spelled(self, line: str) -> str:
+        """As a Monitor does."""
+        return self._monitor.spelled(line)
 
 
 @dataclass(frozen=True)
@@ -91,6 +140,9 @@ class Nudge:
         self._loaded = load(self._view, build)
         self._reader = self._loaded.reader
         self._looker = Looker(self._view, self._loaded)
+        #: Everything that was sent or called so far, as people know it.
+        self.done: list[str] = []
+        self._freed: list[Stuck] = []
 
     def close(self) -> None:
         """Give the process's memory back."""
@@ -101,84 +153,96 @@ class Nudge:
         return survey(self._view, self._loaded, self._looker)
 
     def diagnose(self) -> Survey:
-        """As survey(); NudgeRefused where it shows no lost completion."""
+        """As survey(); NudgeRefused where it shows no lost completion, TargetExited where that is no wonder."""
         seen = self.survey()
         if not seen.curable:
-            raise _refusal(seen, self.target)
+            self.target.check_memory()
+            raise _refusal(seen, self.target, "nothing was called" if self.done else "nothing was sent")
         return seen
 
     # -- by monitor ---------------------------------------------------------------------------------
 
     def by_monitor(self, seen: Survey, monitor: Monitor) -> list[Nudged]:
-        """Free what `seen` shows through the monitor; one event a request.
+        """As try_monitor(); what failed is said, and raised where nothing was freed."""
+        return self.try_monitor(seen, monitor).told(self._say)
 
-        Raises MonitorError where the monitor fails before anything could help.
+    def try_monitor(self, seen: Survey, monitor: Monitor) -> Outcome:
+        """Free what `seen` shows through the monitor, each pool by itself.
+
+        Whatever ends it, what was sent until then is in the audit lines.
         """
-        sent = ["query-status"]
+        sent: list[str] = []
+        failed: dict[int, AioTraceError] = {}
         try:
-            self._ask(seen, monitor, sent)
+            self._ask(seen, _Talk(monitor, sent), failed)
         except AioTraceError as error:
-            error.hint = error.hint or force_hint(self.target)
-            self._tell(seen, "; ".join(sent))
-            raise
-        return self._tell(seen, "; ".join(sent))
+            for stuck in _one_a_pool(seen.curable):
+                failed.setdefault(stuck.pool.address, error)
+        finally:
+            self.done += sent
+            told = self._tell(seen, dict.fromkeys(_pools(seen), "; ".join(sent)))
+        for failure in failed.values():
+            failure.hint = failure.hint or force_hint(self.target)
+        return self._outcome(told, failed)
 
-    def _ask(self, seen: Survey, monitor: Monitor, sent: list[str]) -> None:
+    def _ask(self, seen: Survey, talk: _Talk, failed: dict[int, AioTraceError]) -> None:
+        """Questions first, then for each pool what it needs; why a pool was refused goes to `failed`."""
         self._announce("query-status, query-block", WHY_QUESTIONS)
-        monitor.execute("query-status")
+        talk.execute("query-status")
         kicked = [each for each in seen.curable if each.verdict.cause == LOST_KICK]
         self._gone(kicked, KICK_PATIENCE_S)
-        drives = drives_of(monitor.execute("query-block"))
+        drives = drives_of(talk.execute("query-block"))
         for stuck in _one_a_pool(seen.curable):
             if not self._still(stuck):
                 continue
-            if stuck.verdict.cause == LOST_KICK:
-                self._ring(stuck, monitor, sent)
-            self._read(stuck, drives, monitor, sent)
+            try:
+                if stuck.verdict.cause == LOST_KICK:
+                    self._ring(stuck, talk)
+                self._read(stuck, drives, talk)
+            except (NudgeRefused, CommandRefused) as error:
+                failed[stuck.pool.address] = error
 
     def _announce(self, line: str, why: str) -> None:
         """What will be sent, in one line that can be pasted, and why it is harmless."""
         self._say(f"sending: {line}\n" + textwrap.indent(textwrap.fill(why, WIDTH), "  "))
 
-    def _ring(self, stuck: Stuck, monitor: Monitor, sent: list[str]) -> None:
+    def _ring(self, stuck: Stuck, talk: _Talk) -> None:
         """Wake an iothread: setting its polling time to what it is rings its eventfd, and no more."""
         home = stuck.finding.facts.home_tid
         inner = inner_tid(self.target, home) if home else None
         with suppress(CommandRefused):
-            for iothread in monitor.execute("query-iothreads"):
-                if iothread["thread-id"] != inner:
+            for iothread in _objects(talk.execute("query-iothreads")):
+                if iothread.get("thread-id") != inner or not {"id", "poll-max-ns"} <= iothread.keys():
                     continue
                 where = {"path": f"/objects/{iothread['id']}", "property": "poll-max-ns"}
                 value = iothread["poll-max-ns"]
                 line = f"qom-set {where['path']} poll-max-ns {value}"
                 self._announce(line, WHY_RING)
-                sent.append(line)
-                monitor.execute("qom-set", where | {"value": value})
+                talk.execute("qom-set", where | {"value": value}, line)
         self._gone([stuck], KICK_PATIENCE_S)
 
-    def _read(self, stuck: Stuck, drives: Sequence[Drive], monitor: Monitor, sent: list[str]) -> None:
+    def _read(self, stuck: Stuck, drives: Sequence[Drive], talk: _Talk) -> None:
         if not self._still(stuck):
             return
         self._check_reach(stuck)
         chosen = self._behind(stuck, drives)
         if not chosen:
-            raise MonitorError("the monitor knows no disk that could be read", force_hint(self.target))
+            raise NudgeRefused("the monitor knows no disk that could be read", force_hint(self.target))
         refused = None
         for drive in chosen:
             line = f'qemu-io {drive.argument} "{READ.format(self._offset(drive))}"'
-            self._announce(monitor.spelled(line), WHY_READ)
-            sent.append(line)
-            refused = self._send(monitor, line)
+            self._announce(talk.spelled(line), WHY_READ)
+            refused = self._send(talk, line)
             if self._gone([stuck], 0 if refused else self._settings.patience_s):
                 return
         if refused is not None:
             raise refused
         self._say(WHY_NOT_FREED.format(force_hint(self.target)))
 
-    def _send(self, monitor: Monitor, line: str) -> CommandRefused | None:
+    def _send(self, talk: _Talk, line: str) -> CommandRefused | None:
         """What the human monitor has to say against it, or None."""
         try:
-            answer = str(monitor.execute("human-monitor-command", {"command-line": line})).strip()
+            answer = str(talk.execute("human-monitor-command", {"command-line": line}, line)).strip()
         except CommandRefused as error:
             return error
         return CommandRefused(f"the monitor refused {line}: {answer}") if answer else None
@@ -241,24 +305,46 @@ class Nudge:
         )
 
     def force(self, seen: Survey) -> list[Nudged]:
+        """As try_force(); what was refused is said, and raised where nothing was called."""
+        return self.try_force(seen).told(self._say)
+
+    def try_force(self, seen: Survey) -> Outcome:
         """Call qemu_bh_schedule on the completion bottom half of each pool with a lost completion.
 
-        Raises InjectionRefused where not even one call could be made.
+        Whatever ends it, what was called until then is in the audit lines. Raises InjectionRefused where it is
+        not for this.
         """
         function = self._schedule()
         pauses: dict[int, float] = {}
-        commands = []
-        refused: InjectionRefused | None = None
-        for stuck in _forceable(seen, self.target):
-            try:
-                pauses[stuck.pool.address] = self._call(stuck, function).seconds
-                commands.append(f"qemu_bh_schedule({stuck.pool.bottom_half:#x})")
-            except InjectionRefused as error:
-                refused = error
-        if refused is not None and not pauses:
-            raise refused
-        self._gone(seen.curable, self._settings.patience_s)
-        return self._tell(seen, "; ".join(commands), pauses)
+        calls: dict[int, str] = {}
+        failed: dict[int, AioTraceError] = {}
+        try:
+            for stuck in _forceable(seen, self.target):
+                self._force(stuck, function, calls, pauses, failed)
+            self._gone([each for each in seen.curable if each.pool.address in calls], self._settings.patience_s)
+        except TargetExited:
+            pass  # each request's outcome tells
+        finally:
+            self.done += calls.values()
+            told = self._tell(seen, calls, pauses)
+        return self._outcome(told, failed)
+
+    def _force(
+        self,
+        stuck: Stuck,
+        function: int,
+        calls: dict[int, str],
+        pauses: dict[int, float],
+        failed: dict[int, AioTraceError],
+    ) -> None:
+        """One pool's call, noted before it is made: an interruption may come right after it."""
+        pool = stuck.pool.address
+        calls[pool] = f"qemu_bh_schedule({stuck.pool.bottom_half:#x})"
+        try:
+            pauses[pool] = self._call(stuck, function).seconds
+        except AioTraceError as error:
+            del calls[pool]
+            failed[pool] = error
 
     def _schedule(self) -> int:
         """qemu_bh_schedule in the process, its code the same as in the file that was understood."""
@@ -291,23 +377,61 @@ class Nudge:
 
     # -- after --------------------------------------------------------------------------------------
 
+    def look_again(self, seen: Survey, now: Survey | None) -> Outcome:
+        """The requests of `seen` that went on after they were told of, as `now` shows; each gets another audit line."""
+        still = {(stuck.pool.address, stuck.request.address) for stuck in now.curable} if now else set()
+        left = [
+            stuck
+            for stuck in seen.curable
+            if stuck not in self._freed and (stuck.pool.address, stuck.request.address) not in still
+        ]
+        told = self._tell(
+            Survey(seen.pools, tuple(left), seen.waiting, seen.stopped),
+            dict.fromkeys(_pools(seen), "; ".join(self.done)),
+        )
+        return self._outcome(told, {})
+
     def _still(self, stuck: Stuck) -> bool:
-        return still_stuck(self._reader, stuck.pool, stuck.request)
+        """Whether it still waits, or memory does not tell. Raises TargetExited.
+
+        What cannot be read any more did not go on: an ending process loses its memory first, then its number.
+        So it counts as gone only if the process is whole after it was seen to be so.
+        """
+        if stuck in self._freed:
+            return False
+        gone = went_on(self._reader, stuck.pool, stuck.request)
+        if gone is not False:
+            self.target.check_memory()
+        if gone:
+            self._freed.append(stuck)
+        return not gone
 
     def _gone(self, all_stuck: Sequence[Stuck], patience_s: float) -> bool:
-        """Whether they all went on within that time; returns as soon as they have."""
+        """Whether they all went on within that time; returns as soon as they have. Raises TargetExited."""
         end = time.monotonic() + patience_s
-        while any(self._still(stuck) for stuck in all_stuck):
+        while [stuck for stuck in all_stuck if self._still(stuck)]:
             if time.monotonic() >= end:
                 return False
             time.sleep(0.002)
         return True
 
-    def _tell(self, seen: Survey, command: str, pauses: dict[int, float] | None = None) -> list[Nudged]:
-        """One event a request, each with its audit line."""
+    def _after(self, stuck: Stuck) -> str:
+        """How it is now, in the audit line's word."""
+        try:
+            return stuck.verdict.cause if self._still(stuck) else GONE
+        except TargetExited:
+            return EXITED
+
+    def _tell(
+        self, seen: Survey, commands: Mapping[int, str], pauses: Mapping[int, float] | None = None
+    ) -> list[Nudged]:
+        """One event with its audit line for each request in whose pool something was done, as `commands` says."""
         events = []
         for stuck in seen.curable:
-            freed = not self._still(stuck)
+            command = commands.get(stuck.pool.address)
+            if not command:
+                continue
+            after = self._after(stuck)
             pause = (pauses or {}).get(stuck.pool.address)
             event = Nudged(
                 time.time(),
@@ -316,18 +440,32 @@ class Nudge:
                 stuck.pool.address,
                 stuck.verdict.cause,
                 command,
-                freed,
+                after == GONE,
                 None if pause is None else pause * 1000,
             )
-            after = "gone" if freed else stuck.verdict.cause
             line = (
                 f"nudge pid={self.target.pid} exe={self.target.exe} request={event.request:#x} "
-                f"command='{command}' before={event.cause} after={after} freed={'yes' if freed else 'no'}"
+                f"command='{command}' before={event.cause} after={after} freed={'yes' if event.freed else 'no'}"
             )
             if not audit.write(line):
                 self._say(f"no system log listens on this host; the audit line is: {line} by={audit.who()}")
             events.append(event)
         return events
+
+    def _outcome(self, told: Sequence[Nudged], failed: Mapping[int, AioTraceError]) -> Outcome:
+        """What is worth an event: what went on, and what did not although nothing failed in its pool."""
+        freed = {event.pool for event in told if event.freed} - {event.pool for event in told if not event.freed}
+        failures = {id(error): error for pool, error in failed.items() if pool not in freed}
+        if not all(event.freed for event in told) or failures:
+            try:
+                self.target.check_memory()
+            except TargetExited as error:
+                return Outcome(tuple(event for event in told if event.freed), (error,))
+        return Outcome(tuple(e for e in told if e.freed or e.pool not in failed), tuple(failures.values()))
+
+
+def _pools(seen: Survey) -> Iterator[int]:
+    return (stuck.pool.address for stuck in seen.curable)
 
 
 def _one_a_pool(curable: Sequence[Stuck]) -> Iterator[Stuck]:
@@ -349,27 +487,27 @@ def _forceable(seen: Survey, target: Target) -> list[Stuck]:
     return list(_one_a_pool(lost))
 
 
-def _refusal(seen: Survey, target: Target) -> NudgeRefused:
-    """Why a nudge is not for this, and what would help instead."""
+def _refusal(seen: Survey, target: Target, nothing: str) -> NudgeRefused:
+    """Why a nudge is not for this, and what would help instead; `nothing` is what was not done."""
     pid = target.pid
     if seen.stopped:
-        return NudgeRefused("The QEMU process is stopped; nothing was sent.", HELP[STOPPED].format(pid=pid))
+        return NudgeRefused(f"The QEMU process is stopped; {nothing}.", HELP[STOPPED].format(pid=pid))
     if seen.stuck:
         verdict: Any = seen.stuck[0].verdict
         hint = HELP.get(verdict.cause, f"sudo aio-trace --pid {pid}").format(pid=pid)
         return NudgeRefused(
-            f"The verdict is {verdict.cause}, which a nudge does not cure; nothing was sent. {verdict.explanation}",
+            f"The verdict is {verdict.cause}, which a nudge does not cure; {nothing}. {verdict.explanation}",
             hint,
         )
     if seen.waiting:
         what = "1 request is" if seen.waiting == 1 else f"{seen.waiting} requests are"
-        return NudgeRefused(
-            f"There is nothing to free, and nothing was sent: no finished request waits for its callback; {what} "
+        return NothingLost(
+            f"There is nothing to free, and {nothing}: no finished request waits for its callback; {what} "
             f"with the storage.",
             f"sudo aio-trace --pid {pid}",
         )
-    return NudgeRefused(
-        "There is nothing to free, and nothing was sent: no request is finished and waits for its callback.",
+    return NothingLost(
+        f"There is nothing to free, and {nothing}: no request is finished and waits for its callback.",
         f"sudo aio-trace --pid {pid}",
     )
 
@@ -381,11 +519,14 @@ def drives_of(answer: Any) -> list[Drive]:
     """The disks of query-block's answer that qemu-io can read without making and draining a backend of its own.
 
     That is why none is addressed by its node name. A disk of -blockdev has no name but its device's path.
+    Raises MonitorError where that is no answer of QEMU.
     """
+    if not isinstance(answer, list):
+        raise MonitorError("the monitor answered query-block with what is no list of disks")
     drives = []
-    for entry in answer or ():
+    for entry in _objects(answer):
         inserted = entry.get("inserted")
-        if not inserted:
+        if not inserted or not isinstance(inserted, dict):
             continue
         if entry.get("device"):
             argument = str(entry["device"])
@@ -393,19 +534,24 @@ def drives_of(answer: Any) -> list[Drive]:
             argument = f"-d {entry['qdev']}"
         else:
             continue
-        files = tuple(_files(inserted.get("image") or {}, inserted.get("file")))
+        files = tuple(_files(inserted.get("image"), inserted.get("file")))
         drives.append(Drive(argument, files, inserted.get("drv")))
     return drives
 
 
-def _files(image: dict[str, Any], file: object) -> Iterator[str]:
+def _objects(answer: Any) -> Iterator[dict[str, Any]]:
+    """The members of a list that are what QMP says they are."""
+    return (entry for entry in answer if isinstance(entry, dict)) if isinstance(answer, list) else iter(())
+
+
+def _files(image: object, file: object) -> Iterator[str]:
     """The file of a disk and those of its backing chain."""
     if isinstance(file, str):
         yield file
-    while image:
+    while isinstance(image, dict):
         if isinstance(image.get("filename"), str):
             yield image["filename"]
-        image = image.get("backing-image") or {}
+        image = image.get("backing-image")
 
 
 def _identity(path: str) -> tuple[int, int] | None:

@@ -23,8 +23,8 @@ from typing import Any, Protocol, TypeVar
 
 from qemu.qmp import ExecuteError, QMPClient, QMPError
 
-from tracer.errors import CommandRefused, MonitorBusy, MonitorDead, MonitorError, ToolMissing
-from tracer.target import Target
+from tracer.errors import CommandRefused, MonitorBusy, MonitorDead, MonitorError, ToolMissing, pasted
+from tracer.target import Target, looks_like_qemu
 
 TIMEOUT_S = 5.0
 #: How long to wait for the connection itself to be given back.
@@ -155,7 +155,7 @@ class VirshMonitor:
         if named is None:
             raise MonitorError(f"process {target.pid} was not started by libvirt: its command line has no -name guest=")
         if domain is not None and domain != named:
-            raise MonitorError(f"process {target.pid} is domain {named}, not {domain}", f"--domain {named}")
+            raise MonitorError(f"process {target.pid} is domain {named}, not {domain}", f"--domain {pasted(named)}")
         self._domain = named
         self._program = program
 
@@ -164,14 +164,22 @@ class VirshMonitor:
         message = {"execute": command} | ({"arguments": dict(arguments)} if arguments else {})
         answer = self._answer(command, json.dumps(message))
         if "error" in answer:
-            raise CommandRefused(f"the monitor refused {command}: {answer['error'].get('desc')}")
+            error = answer["error"]
+            why = error.get("desc") if isinstance(error, dict) else error
+            raise CommandRefused(f"the monitor refused {command}: {_short(why)}")
         return answer.get("return")
 
     def _answer(self, command: str, message: str) -> dict[str, Any]:
         argv = [self._program, "qemu-monitor-command", self._domain, message]
         try:
             done = subprocess.run(
-                argv, capture_output=True, text=True, timeout=self._timeout_s, check=False, stdin=subprocess.DEVNULL
+                argv,
+                capture_output=True,
+                encoding="utf-8",
+                errors="replace",
+                timeout=self._timeout_s,
+                check=False,
+                stdin=subprocess.DEVNULL,
             )
         except subprocess.TimeoutExpired as error:
             what = f"virsh did not answer {command} within {self._timeout_s:g} s"
@@ -179,12 +187,15 @@ class VirshMonitor:
         except OSError as error:
             raise MonitorError(f"virsh cannot be run: {error.strerror}") from error
         if done.returncode:
-            raise MonitorError(f"virsh failed: {_short(done.stderr)}", f"virsh domstate {self._domain}")
+            why = _short(done.stderr) if done.stderr.strip() else _ending(done.returncode)
+            raise MonitorError(f"virsh failed: {why}", f"virsh domstate {pasted(self._domain)}")
         try:
             answer = json.loads(done.stdout)
-        except ValueError as error:
-            raise MonitorError(f"virsh answered {command} with what is no JSON: {_short(done.stdout)}") from error
-        return answer if isinstance(answer, dict) else {"return": answer}
+        except (ValueError, RecursionError) as error:
+            raise MonitorError(f"virsh answered {command} with what is no JSON: {_shown(done.stdout)}") from error
+        if not isinstance(answer, dict):
+            raise MonitorError(f"virsh answered {command} with what is no answer of QMP: {_shown(done.stdout)}")
+        return answer
 
     def spelled(self, line: str) -> str:
         """The virsh line."""
@@ -245,16 +256,22 @@ def _connected(path: str, target: Target, timeout_s: float) -> socket.socket:
 
 
 def _not_connected(path: str, target: Target, error: OSError) -> MonitorError:
-    hint = f"tr '\\0' '\\n' </proc/{target.pid}/cmdline | grep -A1 -E 'qmp|mon|chardev'"
+    hint = _own_monitors(target)
     if isinstance(error, FileNotFoundError):
         return MonitorError(f"there is no socket {path}", hint)
     if isinstance(error, PermissionError):
-        return MonitorError(f"the socket {path} may not be used without root", "sudo aio-trace nudge …")
+        line = f"sudo aio-trace nudge --pid {target.pid} --qmp {pasted(path)}"
+        return MonitorError(f"the socket {path} may not be used without root", line)
     if isinstance(error, BlockingIOError):
         return busy(path, target)
     if isinstance(error, ConnectionRefusedError):
         return MonitorError(f"nobody listens at {path}: it is no socket, or a QEMU that is gone left it", hint)
     return MonitorError(f"the socket {path} cannot be used: {error.strerror or error}", hint)
+
+
+def _own_monitors(target: Target) -> str:
+    """What shows the sockets on the process's own command line."""
+    return f"tr '\\0' '\\n' </proc/{target.pid}/cmdline | grep -A1 -E 'qmp|mon|chardev'"
 
 
 def _check_owner(connection: socket.socket, target: Target, path: str) -> None:
@@ -272,7 +289,7 @@ def _check_owner(connection: socket.socket, target: Target, path: str) -> None:
     if not _has_socket(target.pid, inodes):
         raise MonitorError(
             f"the socket {path} belongs to process {pid or 'unknown'}, not to {target.pid}; nothing was sent",
-            f"sudo aio-trace nudge --pid {pid or 'PID'} --qmp {shlex.quote(path)}",
+            f"sudo aio-trace nudge --pid {pid} --qmp {pasted(path)}" if looks_like_qemu(pid) else _own_monitors(target),
         )
 
 
@@ -300,6 +317,15 @@ def _has_socket(pid: int, inodes: set[int]) -> bool:
                 if os.readlink(f"/proc/{pid}/fd/{name}") in links:
                     return True
     return False
+
+
+def _ending(status: int) -> str:
+    """How a program ended that said nothing."""
+    return f"killed by signal {-status}" if status < 0 else f"exit status {status}"
+
+
+def _shown(answer: str) -> str:
+    return _short(answer) if answer.strip() else "nothing"
 
 
 def _short(error: object) -> str:

@@ -22,9 +22,9 @@ from dataclasses import field
 from typing import Generic, TypeVar
 
 from tracer.corefile import REGISTERS, SYSCALL_ARGUMENTS
-from tracer.errors import HostError, NotPermitted, TargetExited
+from tracer.errors import HostError, NotPermitted
 from tracer.records import dataclass
-from tracer.target import Target, Thread
+from tracer.target import Target, Thread, ended
 
 PTRACE_DETACH, PTRACE_GETREGSET, PTRACE_SEIZE, PTRACE_INTERRUPT = 17, 0x4204, 0x4206, 0x4207
 NT_PRSTATUS, NT_PRFPREG = 1, 2
@@ -102,7 +102,7 @@ class _Task(Generic[T]):
             stopped = self._wait(seized)
             threads = tuple(self._read(tid, tid in stopped) for tid in self._present(seized))
             if not threads:
-                raise TargetExited(f"process {self.target.pid} has ended")
+                raise ended(self.target.pid)
             read = self.during(threads)
         finally:
             for tid in stopped:
@@ -118,7 +118,7 @@ class _Task(Generic[T]):
                 break
             seized += [tid for tid in new if self._seize(tid)]
         if not seized:
-            raise TargetExited(f"process {self.target.pid} has ended")
+            raise ended(self.target.pid)
         return seized
 
     def _seize(self, tid: int) -> bool:

@@ -9,6 +9,7 @@ while registers and the upper ends of the stacks are taken. Does not know QEMU's
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -39,12 +40,12 @@ from tracer.corefile import (
     PT_NOTE,
     REGISTERS,
 )
-from tracer.errors import FaultError, HostError, NotPermitted, TargetExited
+from tracer.errors import FaultError, HostError, NotPermitted, pasted
 from tracer.live import LiveView
 from tracer.memory import CHUNK, LARGEST_ARENA, PAGE, PAGE_PRESENT_OR_SWAPPED
 from tracer.records import dataclass
 from tracer.registers import NT_PRFPREG, ThreadRegisters, take_registers
-from tracer.target import Region
+from tracer.target import Region, ended
 
 PAGE_OF_FILE = 1 << 61  # Documentation/admin-guide/mm/pagemap.rst: of a file, or shared
 #: Pages that do not exist between ones that do are written as zeros up to that many; else left out.
@@ -87,9 +88,9 @@ def refuse_existing(*paths: str) -> None:
     for path in paths:
         folder = os.path.dirname(os.path.abspath(path))
         if not os.path.isdir(folder):
-            raise HostError(f"there is no folder {folder}", f"mkdir -p {folder}")
+            raise HostError(f"there is no folder {folder}", f"mkdir -p {pasted(folder)}")
         if os.path.lexists(path):
-            raise HostError(f"{path} is there already; it is not overwritten", "choose another name")
+            raise _there_already(path)
 
 
 def save(view: LiveView, path: str) -> Saved:
@@ -101,10 +102,14 @@ def save(view: LiveView, path: str) -> Saved:
     try:
         return _save(view, path)
     except PermissionError as error:
-        command = f"sudo aio-trace inspect --pid {view.pid} --save {path}"
+        command = f"sudo aio-trace inspect --pid {view.pid} --save {pasted(path)}"
         raise NotPermitted(f"process {view.pid} may not be looked at without root", command) from error
     except (ProcessLookupError, FileNotFoundError) as error:
-        raise TargetExited(f"process {view.pid} has ended") from error
+        raise ended(view.pid) from error
+
+
+def _there_already(path: str) -> HostError:
+    return HostError(f"{path} is there already; it is not overwritten", f"ls -l {pasted(path)}    # or another name")
 
 
 def _save(view: LiveView, path: str) -> Saved:
@@ -243,7 +248,7 @@ class _New:
         if room is not None and room < size:
             raise HostError(
                 f"{path} needs {size / (1 << 20):.0f} MiB, but only {room / (1 << 20):.0f} MiB are free there",
-                f"df -h {os.path.dirname(os.path.abspath(path))}",
+                f"df -h {self._folder}",
             )
 
     def _room(self) -> int | None:
@@ -258,9 +263,9 @@ class _New:
             flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
             self._fd = os.open(self._path, flags, 0o600)
         except FileExistsError as error:
-            raise HostError(f"{self._path} is there already; it is not overwritten", "choose another name") from error
+            raise _there_already(self._path) from error
         except OSError as error:
-            raise HostError(f"{self._path} cannot be written: {error.strerror}") from error
+            raise self._not_written(error) from error
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -277,7 +282,7 @@ class _New:
                 done = os.pwrite(self._fd, view, offset)
                 view, offset = view[done:], offset + done
         except OSError as error:
-            raise HostError(f"{self._path} cannot be written: {error.strerror}") from error
+            raise self._not_written(error) from error
 
     def finish(self, size: int) -> None:
         """The file is whole."""
@@ -285,8 +290,17 @@ class _New:
             os.ftruncate(self._fd, size)
             os.fsync(self._fd)
         except OSError as error:
-            raise HostError(f"{self._path} cannot be written: {error.strerror}") from error
+            raise self._not_written(error) from error
         self._finished = True
+
+    def _not_written(self, error: OSError) -> HostError:
+        look = "df -h" if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) else "ls -ld"
+        return HostError(f"{self._path} cannot be written: {error.strerror}", f"{look} {self._folder}")
+
+    @property
+    def _folder(self) -> str:
+        """As it is typed."""
+        return pasted(os.path.dirname(os.path.abspath(self._path)))
 
 
 def _write_memory(view: LiveView, parts: list[_Part], file: _New) -> None:
@@ -302,7 +316,7 @@ def _write_memory(view: LiveView, parts: list[_Part], file: _New) -> None:
             file.write(part.offset + address - part.start, data)
             part.present = address + len(data) - part.start
     if not any(part.present for part in parts):
-        raise TargetExited(f"process {view.pid} has ended")
+        raise ended(view.pid)
 
 
 def _stack_tops(

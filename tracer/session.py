@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING
 
 from tracer import kept, probes, records
 from tracer.build import Build, debug_place, read_build
-from tracer.errors import AioTraceError, HostError, NoSuchProcess, NotQemu, SitesNotFound, TargetExited, gone
+from tracer.errors import AioTraceError, HostError, NoSuchProcess, NotQemu, SitesNotFound, TargetExited
 from tracer.events import Alert, Event, Failure
 from tracer.records import dataclass
 from tracer.spending import HitPrice
-from tracer.target import Target, list_pids, looks_like_qemu, open_target, qemu_hint
+from tracer.target import Target, ended, list_pids, looks_like_qemu, open_target, qemu_hint
 from tracer.watch import MODES, Settings, Watch, parameters_of
 
 if TYPE_CHECKING:
@@ -198,7 +198,7 @@ class Session:
         try:
             key = executable_of(target)
             if key is None:
-                raise TargetExited(f"process {target.pid} has ended")
+                raise ended(target.pid)
             if key not in self._builds:
                 name, place = f"process {target.pid} ({target.exe})", debug_place(target)
                 only = self._options.settings.locate_by
@@ -211,7 +211,7 @@ class Session:
             error.hint = qemu_hint(target.pid)
             raise
         except OSError as error:
-            raise gone(target.pid, error) from error
+            raise ended(target.pid, error) from error
         return self._builds[key]
 
     def _emit(self, event: Event) -> None:

@@ -111,6 +111,21 @@ def still_stuck(reader: PoolReader, pool: Pool, request: Request) -> bool:
     return False
 
 
+def went_on(reader: PoolReader, pool: Pool, request: Request) -> bool | None:
+    """Whether memory shows that this very request is finished with: changed, or off its pool's list.
+
+    None where memory cannot tell, because it cannot be read: the process may have ended.
+    """
+    with suppress(FaultError):
+        try:
+            if not _same(request, reader.request(request.address)):
+                return True
+        except LayoutError:
+            return True  # something else is there
+    held = reader.holds(pool, request.address)
+    return None if held is None else not held
+
+
 def _same(then: Request, now: Request) -> bool:
     return (now.state, now.ret, now.pool, now.func, now.arg, now.callback, now.opaque) == (
         *(then.state, then.ret, then.pool, then.func, then.arg, then.callback, then.opaque),

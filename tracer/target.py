@@ -10,11 +10,11 @@ import errno
 import os
 import re
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from functools import cached_property
 
-from tracer.errors import OUT_OF_FILES, NoSuchProcess, NotPermitted, NotQemu, TargetExited, gone
+from tracer.errors import OUT_OF_FILES, HostError, NoSuchProcess, NotPermitted, NotQemu, TargetExited
 from tracer.records import dataclass
 
 AT_ENTRY = 9
@@ -134,6 +134,18 @@ NO_POOL = (
 )
 
 
+def ended(pid: int, error: OSError | None = None) -> TargetExited | HostError:
+    """The error for a process that is gone; or what `error` from its /proc folder says else: no more open files."""
+    if error is not None and error.errno in OUT_OF_FILES:
+        return HostError("aio-trace may open no more files", "ulimit -n 65536")
+    return TargetExited(f"process {pid} has ended", "pgrep -a qemu")
+
+
+def trace_line(*pids: int) -> str:
+    """How a trace of these processes is begun."""
+    return " ".join(["sudo aio-trace", *(f"--pid {pid}" for pid in pids)])
+
+
 def _read_text(path: str) -> str:
     with open(path, encoding="utf-8", errors="replace") as file:
         return file.read()
@@ -208,7 +220,21 @@ class Target:
     def check_alive(self) -> None:
         """Raise TargetExited unless `alive`."""
         if not self.alive:
-            raise TargetExited(f"process {self.pid} has ended")
+            raise ended(self.pid)
+
+    def check_memory(self) -> None:
+        """Raise TargetExited unless `alive` with its memory, which goes before the number does."""
+        try:
+            with open(f"/proc/{self.pid}/auxv", "rb") as file:
+                there = bool(file.read(1))
+        except PermissionError:
+            there = True
+        except OSError:
+            there = False
+        if not there:
+            raise ended(self.pid)
+        # Last: what was seen of it until now was not seen of another one.
+        self.check_alive()
 
     def thread(self, tid: int) -> Thread | None:
         """One thread now, or None when it is gone."""
@@ -261,7 +287,7 @@ class Target:
         try:
             text = _read_text(f"/proc/{self.pid}/maps")
         except OSError as error:
-            raise gone(self.pid, error) from error
+            raise ended(self.pid, error) from error
         return list(_parse_maps(text))
 
     def entry_address(self) -> int:
@@ -270,11 +296,11 @@ class Target:
             with open(f"/proc/{self.pid}/auxv", "rb") as file:
                 data = file.read()
         except OSError as error:
-            raise gone(self.pid, error) from error
+            raise ended(self.pid, error) from error
         for kind, value in struct.iter_unpack("QQ", data[: len(data) // 16 * 16]):
             if kind == AT_ENTRY:
                 return int(value)
-        raise TargetExited(f"process {self.pid} has ended")
+        raise ended(self.pid)
 
     def file_of(self, fd: int) -> str | None:
         """What a file descriptor of the process refers to, by a name that can be shown; None if it is not open."""
@@ -306,8 +332,8 @@ def _parse_maps(text: str) -> Iterator[Region]:
         yield Region(int(start, 16), int(end, 16), fields[1], int(fields[4]), path, int(fields[2], 16))
 
 
-def open_target(pid: int) -> Target:
-    """The process `pid`, with its start time and executable.
+def open_target(pid: int, line: Callable[..., str] = trace_line) -> Target:
+    """The process `pid`, with its start time and executable; `line` is what hints tell to type for a process.
 
     Raises NoSuchProcess, NotQemu (a thread id, a kernel thread, a zombie) or NotPermitted. Whether the
     executable really is a QEMU, its file tells (tracer/elf).
@@ -316,20 +342,22 @@ def open_target(pid: int) -> Target:
         _, fields = _stat_fields(pid)
         status = _read_text(f"/proc/{pid}/status")
     except OSError as error:
-        raise NoSuchProcess(f"there is no process {pid}", qemu_hint(pid)) from error
+        raise NoSuchProcess(f"there is no process {pid}", qemu_hint(pid, line)) from error
     found = re.search(r"^Tgid:\s*(\d+)", status, re.M)
     if found and int(found[1]) != pid:
-        raise NotQemu(f"{pid} is a thread of process {found[1]}", f"aio-trace --pid {found[1]}")
+        raise NotQemu(f"{pid} is a thread of process {found[1]}", line(int(found[1])))
     if fields[0] in "ZX":
-        raise NotQemu(f"process {pid} has ended already (it is a zombie)", qemu_hint(pid))
+        raise NotQemu(f"process {pid} has ended already (it is a zombie)", qemu_hint(pid, line))
     try:
         exe = _exe_of(pid)
     except PermissionError as error:
         if os.geteuid() == 0:
-            raise NotPermitted(f"process {pid} may not be looked at, not even by root here", qemu_hint(pid)) from error
-        raise NotPermitted(f"process {pid} may not be looked at without root", f"sudo aio-trace --pid {pid}") from error
+            why = f"process {pid} may not be looked at, not even by root here"
+            raise NotPermitted(why, qemu_hint(pid, line)) from error
+        raise NotPermitted(f"process {pid} may not be looked at without root", line(pid)) from error
     except OSError as error:
-        raise NotQemu(f"process {pid} has no executable: it is a kernel thread or ends", qemu_hint(pid)) from error
+        why = f"process {pid} has no executable: it is a kernel thread or ends"
+        raise NotQemu(why, qemu_hint(pid, line)) from error
     return Target(pid, int(fields[19]), exe)
 
 
@@ -388,14 +416,13 @@ def is_qemu_name(name: str) -> bool:
     return re.search(r"qemu|^kvm\b", name) is not None and not re.match(NO_POOL, name)
 
 
-def qemu_hint(pid: int) -> str:
+def qemu_hint(pid: int, line: Callable[..., str] = trace_line) -> str:
     """What to type instead where `pid` is no QEMU: the one that has this number inside its container, if any."""
     inside = [
         outer for outer in list_pids() if outer != pid and _innermost_pid(outer) == pid and looks_like_qemu(outer)
     ]
     if inside:
-        numbers = " ".join(f"--pid {outer}" for outer in sorted(inside))
-        return f"sudo aio-trace {numbers}    # its number on this host; {pid} is inside its container"
+        return f"{line(*sorted(inside))}    # its number on this host; {pid} is inside its container"
     return "pgrep -a qemu"
 
 

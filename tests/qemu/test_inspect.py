@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import signal
 import struct
 import subprocess
 import sys
@@ -23,6 +24,7 @@ from tracer.events import Diagnosis
 from tracer.inspect import PATIENCE_S, diagnose
 from tracer.lab import faults
 from tracer.lab.nbd import KINDS
+from tracer.lab.process import wait_until
 from tracer.lab.qemu import Drive, Qemu, paused
 from tracer.lab.storage import storage
 from tracer.live import LiveView
@@ -57,6 +59,43 @@ def inspect(pid: int, *options: str) -> tuple[Json, int]:
 
 def requests_of(found: Json) -> list[Json]:
     return [request for pool in found["pools"] for request in pool["requests"]]
+
+
+def test_a_process_that_ends_meanwhile(paused_qemu: Qemu) -> None:
+    """What was seen until then is no verdict: that nothing is overdue any more, above all."""
+    faults.lose(paused_qemu, "d0", "write")
+    pid = paused_qemu.pid
+    command = [sys.executable, str(REPOSITORY / "cli.py"), "inspect", "--pid", str(pid), "--deadline", "20s", "--json"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as inspecting:
+        wait_until(lambda: f"/proc/{pid}/mem" in open_files(inspecting.pid), what="it to look")
+        os.kill(pid, signal.SIGKILL)
+        output, errors = inspecting.communicate(timeout=60)
+    assert inspecting.returncode == 1, errors
+    (error,) = (json.loads(line) for line in output.splitlines())
+    assert (error["event"], error["message"]) == ("error", f"process {pid} has ended")
+
+
+def open_files(pid: int) -> list[str]:
+    with suppress(OSError):
+        return [os.readlink(file.path) for file in os.scandir(f"/proc/{pid}/fd")]
+    return []
+
+
+def test_a_full_disk_takes_nothing_from_the_diagnosis(paused_qemu: Qemu, tmp_path: Path) -> None:
+    faults.lose(paused_qemu, "d0", "write")
+    command = [sys.executable, str(REPOSITORY / "cli.py"), "inspect", "--pid", str(paused_qemu.pid), "--json"]
+    done = subprocess.run(
+        ["sh", "-c", 'ulimit -f 1000; exec "$@"', "sh", *command, "--save", str(tmp_path / "core")],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 1, done.stderr
+    found, error = (json.loads(line) for line in done.stdout.splitlines())
+    assert (found["verdict"], error["event"]) == ("lost-wakeup", "error")
+    assert "cannot be written" in error["message"]
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("kind", sorted(set(KINDS) - {"unknown"}))

@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -146,18 +147,23 @@ def test_the_main_job_goes_on_where_the_monitor_is_held(paused_qemu: Qemu) -> No
         trace.expect("resolved")
 
 
-def test_each_nudge_leaves_an_audit_line(paused_qemu: Qemu, tmp_path: Path) -> None:
-    """Read back from a log socket of our own, in a mount namespace of the command's own."""
+@contextmanager
+def audit_log(folder: Path) -> Iterator[tuple[socket.socket, tuple[str, ...]]]:
+    """A log socket of our own, and the words ahead of a command that give it that one, in a mount namespace."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as log:
-        log.bind(str(tmp_path / "log"))
+        log.bind(str(folder / "log"))
         log.settimeout(10)
         script = (
-            f"mkdir -p {tmp_path}/dev && mount -t tmpfs none {tmp_path}/dev && cd {tmp_path}/dev && "
+            f"mkdir -p {folder}/dev && mount -t tmpfs none {folder}/dev && cd {folder}/dev && "
             f"for name in null zero random urandom; do touch $name && mount --bind /dev/$name $name; done && "
-            f"touch log && mount --bind {tmp_path}/log log && mount --move {tmp_path}/dev /dev && "
+            f"touch log && mount --bind {folder}/log log && mount --move {folder}/dev /dev && "
             f'cd {ROOT} && exec "$@"'
         )
-        before = ("unshare", "--mount", "sh", "-c", script, "sh")
+        yield log, ("unshare", "--mount", "sh", "-c", script, "sh")
+
+
+def test_each_nudge_leaves_an_audit_line(paused_qemu: Qemu, tmp_path: Path) -> None:
+    with audit_log(tmp_path) as (log, before):
         environment = {**os.environ, "SUDO_USER": "operator", "SUDO_UID": "4711"}
         for options in (("--qmp", str(paused_qemu.spare_monitor)), ("--force", "--yes")):
             lost = faults.lose(paused_qemu, "d0", "write")
@@ -167,7 +173,8 @@ def test_each_nudge_leaves_an_audit_line(paused_qemu: Qemu, tmp_path: Path) -> N
             assert f"nudge pid={paused_qemu.pid} " in line
             assert f"request={lost.request:#x}" in line
             assert "before=lost-wakeup after=gone freed=yes" in line
-            assert ("aio_read" if "--qmp" in options else "qemu_bh_schedule") in line
+            sent = """command='query-status; query-block; qemu-io d0 "aio_read -q 1 510"'"""
+            assert (sent if "--qmp" in options else "command='qemu_bh_schedule(") in line
             assert "by=operator(uid 4711)" in line
             assert "no system log" not in done.errors
         assert nudge(paused_qemu.pid, "--force", "--yes", before=before).status == 1
@@ -241,19 +248,35 @@ def test_lost_metadata_of_qcow2(tmp_path: Path) -> None:
     subprocess.run(["qemu-img", "check", "-q", image], check=True)
 
 
+def _read_to(asked: subprocess.Popen[bytes], word: bytes) -> None:
+    """Read what it says up to that word."""
+    assert asked.stderr
+    said = b""
+    while word not in said:
+        part = os.read(asked.stderr.fileno(), 4096)
+        assert part, said
+        said += part
+
+
 def test_it_asks_before_force(paused_qemu: Qemu) -> None:
     lost = faults.lose(paused_qemu, "d0", "write")
     command = [sys.executable, str(ROOT / "cli.py"), "nudge", "--pid", str(paused_qemu.pid), "--force"]
-    for answer, status in ((b"n\n", 1), (b"y\n", 0)):
+    for answer, status in ((b"n\n", 1), (b"", 1), (b"y\n", 0)):
         ours, theirs = os.openpty()
         with subprocess.Popen(command, stdin=theirs, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as asked:
-            os.write(ours, answer)
+            if answer:
+                os.write(ours, answer)
+            else:
+                _read_to(asked, b"Do it?")
+                asked.send_signal(signal.SIGINT)
             _, errors = asked.communicate(timeout=60)
         os.close(ours)
         os.close(theirs)
         assert asked.returncode == status, errors
-        assert b"call qemu_bh_schedule(" in errors
-        assert b"stands still" in errors
+        if answer:
+            assert b"call qemu_bh_schedule(" in errors
+            assert b"stands still" in errors
+        assert (b"not done" in errors) is (status == 1)
         assert lost.still_lost() is (status == 1)
 
 
@@ -271,32 +294,41 @@ def test_a_disk_of_blockdev_has_only_its_device(tmp_path: Path) -> None:
 
 
 VIRSH = """#!{python}
-import json, socket, sys
+import json, os, socket, sys
 command, domain, message = sys.argv[1:]
 assert (command, domain) == ("qemu-monitor-command", "web 1")
-with socket.socket(socket.AF_UNIX) as monitor:
-    monitor.connect("{socket}")
-    answers = monitor.makefile("rw")
-    answers.readline()
-    for line in ('{{"execute": "qmp_capabilities"}}', message):
-        answers.write(line)
-        answers.flush()
-        answer = answers.readline()
-    print(answer)
+def passed_on():
+    with socket.socket(socket.AF_UNIX) as monitor:
+        monitor.connect("{socket}")
+        answers = monitor.makefile("rw")
+        answers.readline()
+        for line in ('{{"execute": "qmp_capabilities"}}', message):
+            answers.write(line)
+            answers.flush()
+            answer = answers.readline()
+        print(answer)
+{body}
 """
+PASSED_ON = "passed_on()"
+GUEST = ("-name", "guest=web 1,debug-threads=on")
+
+
+def virsh(folder: Path, qemu: Qemu, body: str = PASSED_ON) -> dict[str, str]:
+    """An environment with a virsh that does `body`; as libvirt has it, it speaks to the real QEMU."""
+    program = folder / "virsh"
+    program.write_text(VIRSH.format(python=sys.executable, socket=qemu.spare_monitor, body=body))
+    program.chmod(0o755)
+    return {**os.environ, "PATH": f"{folder}:{os.environ['PATH']}"}
 
 
 def test_through_libvirt(tmp_path: Path) -> None:
-    """virsh as libvirt has it: it speaks to the same real QEMU, whose socket it holds."""
-    with paused(extra=["-name", "guest=web 1,debug-threads=on", *WITNESS]) as qemu:
-        program = tmp_path / "virsh"
-        program.write_text(VIRSH.format(python=sys.executable, socket=qemu.spare_monitor))
-        program.chmod(0o755)
-        environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    with paused(extra=[*GUEST, *WITNESS]) as qemu:
+        environment = virsh(tmp_path, qemu)
         lost = faults.lose(qemu, "d0", "write")
         done = nudge(qemu.pid, "--via", "virsh", "--domain", "other", environment=environment)
         assert done.status == 1
         assert "is domain web 1, not other" in done.errors
+        assert "--domain 'web 1'" in done.errors
         done = nudge(qemu.pid, "--via", "virsh", environment={**os.environ, "PATH": "/nowhere"})
         assert done.status == 1
         assert "libvirt-clients" in done.errors
@@ -305,6 +337,136 @@ def test_through_libvirt(tmp_path: Path) -> None:
         assert done.status == 0, done.errors
         assert "virsh qemu-monitor-command 'web 1' --hmp 'qemu-io d0" in done.errors
         assert not lost.still_lost()
+
+
+def test_what_virsh_should_not_say(tmp_path: Path) -> None:
+    """One sentence each, and nothing is freed."""
+    odd = {
+        "sys.exit(3)": "virsh failed: exit status 3",
+        "os.kill(os.getpid(), 9)": "virsh failed: killed by signal 9",
+        "print(5)": "no answer of QMP: 5",
+        """print('{"error": "why"}')""": "refused query-status: why",
+        """print('{"return": {}}')""": "no list of disks",
+        """print('{"return": ["x", {"device": "d0", "inserted": "y"}]}')""": "no disk that could be read",
+        r"os.write(1, b'\xff\xfe')": "no JSON",
+        "print('[' * 100000)": "no JSON",
+    }
+    with paused(extra=GUEST) as qemu:
+        lost = faults.lose(qemu, "d0", "write")
+        for body, sentence in odd.items():
+            done = nudge(qemu.pid, "--via", "virsh", environment=virsh(tmp_path, qemu, body))
+            assert done.status == 1
+            assert sentence in done.events[-1]["message"], done.errors
+        assert lost.still_lost()
+        lost.free()
+
+
+REFUSES_THE_SECOND = """
+if "human-monitor-command" in message and os.path.exists(__file__ + ".first"):
+    print('{"error": {"desc": "not now"}}')
+else:
+    if "human-monitor-command" in message:
+        open(__file__ + ".first", "w").close()
+    passed_on()
+"""
+
+
+@pytest.mark.parametrize("options", [(), ("--force", "--yes")])
+def test_a_pool_that_is_refused_takes_nothing_from_the_other(options: tuple[str, ...], tmp_path: Path) -> None:
+    with paused([Drive("d0"), Drive("d1", iothread="io0")], extra=GUEST) as qemu:
+        both = [faults.lose(qemu, drive, "write") for drive in ("d0", "d1")]
+        environment = virsh(tmp_path, qemu, REFUSES_THE_SECOND)
+        done = nudge(qemu.pid, "--via", "virsh", *options, environment=environment)
+        left = [lost for lost in both if lost.still_lost()]
+        told = {event["request"]: event["freed"] for event in done.nudges}
+        assert told == {hex(lost.request): True for lost in both if lost not in left}
+        if options:
+            assert (done.status, left) == (0, []), done.errors
+            assert done.errors.count("call qemu_bh_schedule(") == 1
+            assert "by monitor: the monitor refused" in done.errors
+        else:
+            assert (done.status, len(left)) == (1, 1), done.errors
+            assert done.events[-1]["message"].endswith("not now")
+            left[0].free()
+
+
+def test_what_goes_on_by_itself_after_the_monitor_is_told(tmp_path: Path) -> None:
+    """Something was sent, and nothing is left to force: neither may be denied."""
+    body = """
+if "human-monitor-command" in message:
+    print('{"error": {"desc": "not now"}}')
+else:
+    passed_on()
+"""
+    with paused(extra=GUEST) as qemu:
+        lost = faults.lose(qemu, "d0", "write")
+        command = [sys.executable, str(ROOT / "cli.py"), "nudge", "--pid", str(qemu.pid), "--json"]
+        ours, theirs = os.openpty()
+        with subprocess.Popen(
+            [*command, "--via", "virsh", "--force"],
+            stdin=theirs,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            env=virsh(tmp_path, qemu, body),
+        ) as asked:
+            _read_to(asked, b"Do it?")
+            lost.free()
+            os.write(ours, b"y\n")
+            output, errors = asked.communicate(timeout=60)
+        os.close(ours)
+        os.close(theirs)
+        assert asked.returncode == 0, errors
+        assert b"went on by itself" in errors
+        assert b"nothing was sent" not in errors
+        (event,) = (json.loads(line) for line in output.splitlines())
+        assert (event["request"], event["freed"]) == (hex(lost.request), True)
+        assert event["command"].startswith("query-status; query-block; qemu-io ")
+
+
+def test_a_process_that_ends_meanwhile_is_not_freed(tmp_path: Path) -> None:
+    """Its memory goes, and the request with it; that is no success, and there is nobody left to force."""
+    body = """
+if "human-monitor-command" in message:
+    os.kill({pid}, 9)
+    print('{{"return": ""}}')
+else:
+    passed_on()
+"""
+    with audit_log(tmp_path) as (log, before), paused(extra=GUEST) as qemu:
+        faults.lose(qemu, "d0", "write")
+        environment = virsh(tmp_path, qemu, body.format(pid=qemu.pid))
+        done = nudge(qemu.pid, "--via", "virsh", before=before, environment=environment)
+        assert done.status == 1
+        (error,) = done.events
+        assert error["message"] == f"process {qemu.pid} has ended"
+        assert "--force" not in done.errors
+        assert "before=lost-wakeup after=exited freed=no" in log.recv(4096).decode()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_what_was_sent_before_an_interruption_is_in_the_log(number: signal.Signals, tmp_path: Path) -> None:
+    body = """
+if "human-monitor-command" not in message:
+    passed_on()
+else:
+    print('{"return": ""}')
+"""
+    with audit_log(tmp_path) as (log, before), paused(extra=GUEST) as qemu:
+        lost = faults.lose(qemu, "d0", "write")
+        command = [*before, sys.executable, str(ROOT / "cli.py"), "nudge", "--pid", str(qemu.pid), "--via", "virsh"]
+        environment = virsh(tmp_path, qemu, body)
+        with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as asked:
+            assert asked.stderr
+            for line in asked.stderr:
+                if line.startswith("sending: virsh"):
+                    break
+            asked.send_signal(number)
+            errors = asked.stderr.read()
+        assert asked.returncode == 1
+        assert "interrupted; what was sent is in the audit line" in errors
+        assert "after=lost-wakeup freed=no" in log.recv(4096).decode()
+        assert lost.still_lost()
+        lost.free()
 
 
 def test_a_storage_daemon_needs_force(daemon: Qemu) -> None:
@@ -397,6 +559,19 @@ def test_no_monitor_there(paused_qemu: Qemu, path: str, sentence: str) -> None:
     done = nudge(paused_qemu.pid, "--qmp", str(paused_qemu.folder / path))
     assert done.status == 1
     assert sentence in done.errors
+    lost.free()
+
+
+def test_a_socket_of_no_qemu(paused_qemu: Qemu, tmp_path: Path) -> None:
+    """Its owner is named, but nobody is told to nudge that."""
+    lost = faults.lose(paused_qemu, "d0", "write")
+    with socket.socket(socket.AF_UNIX) as other:
+        other.bind(str(tmp_path / "other"))
+        other.listen()
+        done = nudge(paused_qemu.pid, "--qmp", str(tmp_path / "other"))
+    assert done.status == 1
+    assert f"belongs to process {os.getpid()}, not to {paused_qemu.pid}" in done.errors
+    assert f"/proc/{paused_qemu.pid}/cmdline" in done.errors.splitlines()[-1]
     lost.free()
 
 

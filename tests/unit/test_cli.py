@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -115,6 +117,7 @@ def test_none_where_zero_means_none(text: str) -> None:
         ("--pid", "1", "--no-such-option"),
         ("--pid", "1", "no-such-command"),
         ("--json",),
+        ("inspect", "--pid", "1", "--save", ""),
     ],
 )
 def test_usage_errors(arguments: tuple[str, ...]) -> None:
@@ -152,6 +155,31 @@ def test_no_such_process_in_json() -> None:
     assert (error["event"], error["pid"]) == ("error", int(NOBODY))
     assert error["message"] in done.stderr
     assert error["hint"] in done.stderr
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("--pid", "{}", "--deadline", "2s"),
+        ("inspect", "--pid", "{}", "--save", "a b"),
+        ("check", "--pid={}", "--json"),
+        ("nudge", "--qmp", "it's", "--pid", "{}"),
+    ],
+)
+def test_a_thread_s_hint_is_the_same_command(words: tuple[str, ...]) -> None:
+    """With the process's number, and every option as it must be typed; the main job's is short."""
+    leave = threading.Event()
+    thread = threading.Thread(target=leave.wait)
+    thread.start()
+    try:
+        done = aio_trace(*(word.format(thread.native_id) for word in words))
+    finally:
+        leave.set()
+        thread.join()
+    whole = words if words[0] != "--pid" else words[:2]
+    line = shlex.join(["aio-trace", *(word.format(os.getpid()) for word in whole)])
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1] == f"  try: sudo {line}"
 
 
 @pytest.mark.parametrize("json_option", [(), ("--json",)])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import shlex
 import shutil
 import struct
 import subprocess
@@ -204,6 +205,42 @@ def test_a_program_or_a_folder_is_refused(program: Path, tmp_path: Path) -> None
     for path, sentence in ((program, "not a core file"), (tmp_path, "folder"), (tmp_path / "none", "no file")):
         with pytest.raises(CoreError, match=sentence):
             CoreFile(str(path))
+
+
+def test_what_is_no_file_is_not_waited_for(core: tuple[Path, int], tmp_path: Path) -> None:
+    pipe = tmp_path / "it's a pipe"
+    os.mkfifo(pipe)
+    with pytest.raises(CoreError, match="is not a file") as caught:
+        CoreFile(str(pipe))
+    assert caught.value.hint == f"cat {shlex.quote(str(pipe))} >qemu.core"
+    with closing(CoreView(str(core[0]), str(pipe))) as view, pytest.raises(ImageError, match="is not a file"):
+        view.open_image()
+    with closing(CoreFile(f"/proc/self/fd/{os.open(core[0], os.O_RDONLY)}")) as file:
+        assert file.threads
+
+
+def test_hints_can_be_pasted(core: tuple[Path, int], tmp_path: Path) -> None:
+    packed = tmp_path / "a core"
+    packed.write_bytes(b"\x28\xb5\x2f\xfd" + bytes(99))
+    with pytest.raises(CoreError) as caught:
+        CoreFile(str(packed))
+    assert caught.value.hint == f"zstd -d '{packed}'"
+    with pytest.raises(CoreError) as caught:
+        CoreFile(str(tmp_path / "no folder" / "core"))
+    assert caught.value.hint == f"ls -l '{tmp_path}/no folder'"
+    for name, sentence in ((packed, "is not an ELF file"), ("/bin/true", "is not the executable of this core")):
+        with closing(CoreView(str(core[0]), str(name))) as view, pytest.raises(ImageError, match=sentence) as refused:
+            view.open_image()
+        hint = str(refused.value.hint)
+        assert hint.startswith(
+            f"file -L '{packed}'" if name == packed else f"aio-trace inspect --core {core[0]} --exe "
+        )
+
+
+def test_a_program_without_a_build_id_is_said_to_have_none(core: tuple[Path, int], folder: Path) -> None:
+    without = build(folder, "without", "-Wl,--build-id=none")
+    with closing(CoreView(str(core[0]), str(without))) as view, pytest.raises(ImageError, match="has no build id, the"):
+        view.open_image()
 
 
 def guest_memory(notes: bytes) -> bytes:

@@ -63,7 +63,7 @@ def test_a_thread_is_no_process() -> None:
         leave.set()
         thread.join()
     assert f"thread of process {os.getpid()}" in caught.value.message
-    assert caught.value.hint == f"aio-trace --pid {os.getpid()}"
+    assert caught.value.hint == f"sudo aio-trace --pid {os.getpid()}"
 
 
 def test_a_zombie(child: subprocess.Popen[bytes]) -> None:
