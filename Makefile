@@ -43,11 +43,13 @@ test-matrix: root packages-matrix $(VENV)/.dev ## Live tests on the QEMUs of oth
 	@status=0; $(BIN)/python -m pytest -m matrix tests/matrix || status=$$?; $(GIVE_BACK); exit $$status
 
 .PHONY: soak
-soak: root packages-test $(VENV)/.dev ## The tests' long forms, hours of them (root)
+soak: root packages-matrix $(VENV)/.dev ## The tests' long forms, hours of them (root)
 	@AIO_TRACE_SOAK_S=120 AIO_TRACE_REPEAT=20 AIO_TRACE_INSPECT_LOAD=10000 AIO_TRACE_MUTATIONS=1000 \
 	AIO_TRACE_MUTANTS=10000 AIO_TRACE_MATRIX=1 AIO_TRACE_NUDGE_ROUNDS=100 AIO_TRACE_NUDGE_REFUSALS=1000 \
 	AIO_TRACE_BENCH_ROUNDS=2 \
 	$(BIN)/python -m pytest --override-ini timeout=10800 $(RINGS)
+	@AIO_TRACE_REPEAT=20 AIO_TRACE_NUDGE_ROUNDS=100 \
+	$(BIN)/python -m pytest --override-ini timeout=10800 -m matrix tests/matrix
 
 .PHONY: bench
 bench: root packages-bench install ## What tracing costs, beside what others would use (root, 25 minutes)
