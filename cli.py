@@ -153,11 +153,18 @@ def _allow_many_files() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
-def _handle_signals(stop: Callable[[], None]) -> None:
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+ENDINGS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+def _handle_endings(handler: Callable[[int, Any], None]) -> None:
+    for number in ENDINGS:
         # Under nohup a hang-up stays ignored.
         if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
-            signal.signal(number, lambda _number, _frame: stop())
+            signal.signal(number, handler)
+
+
+def _handle_signals(stop: Callable[[], None]) -> None:
+    _handle_endings(lambda _number, _frame: stop())
     signal.signal(signal.SIGPIPE, signal.SIG_IGN)
 
 
@@ -335,7 +342,7 @@ class Interrupted(KeyboardInterrupt):
 
 def _interrupt(_number: int, _frame: Any) -> None:
     # Once is enough: cleaning up must not be interrupted in its turn.
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    for number in ENDINGS:
         signal.signal(number, signal.SIG_IGN)
     # What the monitor's library was about is of no interest any more.
     import logging
@@ -346,10 +353,7 @@ def _interrupt(_number: int, _frame: Any) -> None:
 
 def _unwind_at_signals() -> None:
     """From now on a signal that would end the program raises Interrupted."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        # Under nohup a hang-up stays ignored.
-        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
-            signal.signal(number, _interrupt)
+    _handle_endings(_interrupt)
 
 
 @contextmanager

@@ -55,18 +55,18 @@ def _key(image: Image, path: str, place: Place) -> bytes | None:
     try:
         debug = DebugFiles(image, place).candidates()
         key = {
-            "file": _identity(path),
+            "file": identity(path),
             "headers": image.headers.hex(),
             "build id": image.build_id,
-            "debug files": [(candidate, _identity(candidate)) for candidate in debug],
-            "programs": [_identity(program) for program in _programs()],
+            "debug files": [(candidate, identity(candidate)) for candidate in debug],
+            "programs": [identity(program) for program in _programs()],
         }
     except (OSError, AioTraceError):
         return None
     return json.dumps(key).encode()
 
 
-def _identity(path: str) -> tuple[int, ...]:
+def identity(path: str) -> tuple[int, ...]:
     """What changes with a file's content, or when another takes its name; nothing where there is none."""
     try:
         found = os.stat(path)

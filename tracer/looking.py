@@ -16,7 +16,7 @@ from tracer.build import Loaded
 from tracer.errors import FaultError, LayoutError
 from tracer.layout import RequestState
 from tracer.memory import read_string
-from tracer.pools import Pool, Request, ThreadCounts
+from tracer.pools import Pool, Request, RequestList, ThreadCounts
 from tracer.posix_aio import Operation
 from tracer.records import dataclass
 from tracer.target import FILE_SYSCALLS, Thread, printable
@@ -56,7 +56,7 @@ class Looker:
         self._pool_looks: dict[int, tuple[float, tuple[Look, ...]]] = {}
         self._beside: dict[int, tuple[tuple[Look, ...], dict[str, Any]]] = {}
         self._pool_counts: dict[int, tuple[float, ThreadCounts]] = {}
-        self._walks: dict[int, tuple[float, frozenset[int]]] = {}
+        self._walks: dict[int, tuple[float, RequestList]] = {}
         self._all_threads: tuple[float, list[Thread]] | None = None
 
     def home(self, context: int) -> Thread | None:
@@ -136,14 +136,13 @@ class Looker:
 
         A walk of a moment ago serves for what it saw, if the element's own links still say so.
         """
-        walked, seen = self._walks.get(pool.address, (0.0, frozenset()))
-        if address in seen and time.monotonic() - walked <= FRESH_S and self._reader.linked(pool, address):
+        walked, seen = self._walks.get(pool.address, (0.0, RequestList(())))
+        if time.monotonic() - walked <= FRESH_S and seen.holds(address) and self._reader.linked(pool, address):
             return True
         listed = self._reader.patient_requests(pool)
-        addresses = frozenset(request.address for request in listed.requests)
         if listed.torn is None:
-            self._walks[pool.address] = time.monotonic(), addresses
-        return address in addresses or (False if listed.torn is None else None)
+            self._walks[pool.address] = time.monotonic(), listed
+        return listed.holds(address)
 
     def _threads(self) -> list[Thread]:
         """All threads, a moment ago at most: many requests may be late at once, and many threads work for them."""

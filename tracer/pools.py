@@ -75,6 +75,12 @@ class RequestList:
     requests: tuple[Request, ...]
     torn: str | None = None
 
+    def holds(self, address: int) -> bool | None:
+        """Whether the element is among them; None when that could not be read to the end."""
+        if any(request.address == address for request in self.requests):
+            return True
+        return False if self.torn is None else None
+
 
 class PoolReader:
     """Reads pools by `layout`; `completion_bh` is the address of thread_pool_completion_bh in the process."""
@@ -222,9 +228,7 @@ class PoolReader:
     def holds(self, pool: Pool, address: int) -> bool | None:
         """Whether the element is on the pool's list; None when that could not be read to the end."""
         for _ in range(WALKS):
-            listed = self.requests(pool)
-            if any(request.address == address for request in listed.requests):
-                return True
-            if listed.torn is None:
-                return False
+            held = self.requests(pool).holds(address)
+            if held is not None:
+                return held
         return None

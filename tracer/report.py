@@ -15,6 +15,7 @@ from datetime import UTC, datetime
 from functools import cache
 from typing import Any, Protocol, TextIO
 
+from tracer.errors import pasted
 from tracer.events import (
     Alert,
     Attached,
@@ -57,13 +58,7 @@ def as_typed(command: str) -> str:
 def _program() -> str:
     path = os.path.abspath(sys.argv[0])
     found = (os.access(os.path.join(folder, NAME), os.X_OK) for folder in os.get_exec_path())
-    return NAME if os.path.basename(path) != NAME or any(found) else _quoted(path)
-
-
-def _quoted(path: str) -> str:
-    import shlex
-
-    return shlex.quote(path)
+    return NAME if os.path.basename(path) != NAME or any(found) else pasted(path)
 
 
 def wrapped(text: str) -> str:

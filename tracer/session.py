@@ -28,9 +28,6 @@ if TYPE_CHECKING:
 
     from tracer.nudger import Nudger
 
-#: Device, inode, size and times of a file.
-Executable = tuple[int, int, int, int, int]
-
 FOREVER_S = 3600.0
 #: More processes of one executable than this share their probes.
 SHARED_FROM = 4
@@ -86,11 +83,11 @@ class Session:
         self._progress = progress
         self._out_fd = out_fd
         self._watches: dict[int, Watch] = {}
-        self._builds: dict[Executable, Build] = {}
+        self._builds: dict[tuple[int, ...], Build] = {}
         self._children: list[subprocess.Popen[bytes]] = []
         self._nudger: Nudger | None = None
         self._price = HitPrice()
-        self._shared: dict[Executable, probes.Programs] = {}
+        self._shared: dict[tuple[int, ...], probes.Programs] = {}
         self._newcomers = Newcomers(pids)
         self._next_look = 0.0
         self.alerts = 0
@@ -164,12 +161,15 @@ class Session:
 
     def _attached(self, target: Target, started: float, shared: bool) -> Watch | None:
         """A watch that is attached; None where we were told to stop before."""
-        build = self._build_of(target)
+        executable = executable_of(target)
+        if not executable:
+            raise ended(target.pid)
+        build = self._build_of(target, executable)
         if self._stop.requested:
             return None
-        programs = self._programs_of(target, build) if shared and probes.can_be_shared(target.pid) else None
+        programs = self._programs_of(executable, build) if shared and probes.can_be_shared(target.pid) else None
         watch = Watch(target, build, self._options.settings, self._emit, self._price)
-        watch.executable = executable_of(target)
+        watch.executable = executable
         try:
             if self._options.nudge:
                 # The monitor's library takes as long to import as a third of all the rest.
@@ -182,27 +182,23 @@ class Session:
             raise
         return watch
 
-    def _programs_of(self, target: Target, build: Build) -> probes.Programs | None:
+    def _programs_of(self, executable: tuple[int, ...], build: Build) -> probes.Programs | None:
         """Those that all processes of this executable share."""
-        key = executable_of(target)
         settings = self._options.settings
         sites = build.located.sites_of(*MODES[settings.mode])
-        if not sites or key is None:
+        if not sites:
             return None
-        if key not in self._shared:
+        if executable not in self._shared:
             what = parameters_of(build, settings, shared=True)
-            self._shared[key] = probes.Programs(sites, build.located.layout.element, what)
-        return self._shared[key]
+            self._shared[executable] = probes.Programs(sites, build.located.layout.element, what)
+        return self._shared[executable]
 
-    def _build_of(self, target: Target) -> Build:
+    def _build_of(self, target: Target, executable: tuple[int, ...]) -> Build:
         try:
-            key = executable_of(target)
-            if key is None:
-                raise ended(target.pid)
-            if key not in self._builds:
+            if executable not in self._builds:
                 name, place = f"process {target.pid} ({target.exe})", debug_place(target)
                 only = self._options.settings.locate_by
-                self._builds[key] = (
+                self._builds[executable] = (
                     read_build(target.image_path, name, only, place)
                     if only
                     else kept.read_build(target.image_path, name, place)
@@ -212,7 +208,7 @@ class Session:
             raise
         except OSError as error:
             raise ended(target.pid, error) from error
-        return self._builds[key]
+        return self._builds[executable]
 
     def _emit(self, event: Event) -> None:
         if isinstance(event, Alert):
@@ -384,19 +380,15 @@ class Newcomers:
         return found
 
 
-def executable_of(target: Target) -> Executable | None:
-    """What tells executables apart, None if the process has ended.
+def executable_of(target: Target) -> tuple[int, ...]:
+    """What tells executables apart, nothing if the process has ended.
 
     The number of a file is given to another one when it is gone, and a file may be written anew.
     """
-    try:
-        status = os.stat(target.image_path)
-    except OSError:
-        return None
-    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
+    return kept.identity(target.image_path)
 
 
-def crowded_executables(targets: Sequence[Target]) -> set[Executable | None]:
+def crowded_executables(targets: Sequence[Target]) -> set[tuple[int, ...]]:
     """Executables that more than SHARED_FROM of the processes run."""
     count = Counter(executable_of(target) for target in targets)
     return {executable for executable, times in count.items() if times > SHARED_FROM}

@@ -229,8 +229,8 @@ class Target:
                 there = bool(file.read(1))
         except PermissionError:
             there = True
-        except OSError:
-            there = False
+        except OSError as error:
+            raise ended(self.pid, error) from error
         if not there:
             raise ended(self.pid)
         # Last: what was seen of it until now was not seen of another one.

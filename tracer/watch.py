@@ -14,7 +14,7 @@ from dataclasses import field
 from tracer import figures, posix_aio, probes
 from tracer.budget import Decision
 from tracer.build import Build, load
-from tracer.errors import FaultError, HostError, TargetExited
+from tracer.errors import HostError, TargetExited
 from tracer.events import (
     Alert,
     Attached,
@@ -609,10 +609,7 @@ class Watch:
     def _sample(self, sampler: MemorySampler) -> None:
         """Take a sample. Raises TargetExited where nothing can be read: memory goes before the process does."""
         sampler.sample(time.monotonic_ns())
-        try:
-            self._view.memory.read(self._entry, 1)
-        except FaultError as error:
-            raise TargetExited(f"process {self.target.pid} has ended") from error
+        self.target.check_memory()
 
     # -- end ----------------------------------------------------------------------------------------
 
