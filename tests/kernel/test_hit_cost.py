@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 
 import pytest
 
@@ -33,13 +34,17 @@ def test_code_without_a_probe_costs_nothing_more(monkeypatch: pytest.MonkeyPatch
 
 
 def test_where_it_cannot_be_measured_it_is_assumed(monkeypatch: pytest.MonkeyPatch) -> None:
+    answered = threading.Event()
+
     def refused(*_: object, **__: object) -> int:
+        assert answered.wait(10)
         raise PermissionError("no")
 
     monkeypatch.setattr(kernel, "load", refused)
-    assert measure() is None
     price = HitPrice()
-    assert price.get() is None
+    assert price.get() is None, "who asks does not wait"
+    answered.set()
+    assert measure() is None
     assert price._thread is not None
     price._thread.join()
     assert price.get() == ASSUMED
