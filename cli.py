@@ -43,11 +43,9 @@ from tracer.errors import (  # noqa: E402
 from tracer.events import Diagnosis, Event, Failure  # noqa: E402
 
 if TYPE_CHECKING:
-    from tracer.events import Nudged
+    from tracer.freeing import Told, Ways
     from tracer.live import LiveView
-    from tracer.nudge import Nudge, Outcome
     from tracer.qmp import Monitor
-    from tracer.survey import Survey
     from tracer.target import Target
 
 UNITS_S = {"us": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0}
@@ -635,10 +633,16 @@ def nudge(
         raise click.UsageError("--domain goes with --via virsh.")
     if force and not yes and not sys.stdin.isatty():
         raise click.UsageError("--force asks before it acts, and nobody can answer here; give --yes as well.")
+    from tracer.freeing import Told, Ways
+
     streams = Streams()
+    ways = Ways(
+        _monitor_chosen(socket_path, via, domain, timeout),
+        force,
+        None if yes else lambda: click.confirm("Do it?", abort=True, err=True),
+    )
+    told = Told()
     _unwind_at_signals()
-    ways = _Ways(socket_path, via, domain, force, yes, timeout)
-    told = _Told()
     try:
         try:
             _nudged(pid, ways, told, streams)
@@ -658,59 +662,25 @@ def nudge(
     return told.status
 
 
-class _Ways:
-    """How a lost completion is to be freed, as the options say."""
+def _monitor_chosen(
+    socket_path: str | None, via: str | None, domain: str | None, timeout_s: float
+) -> Callable[[Target], Monitor] | None:
+    from tracer.qmp import SocketMonitor, VirshMonitor
 
-    def __init__(
-        self, socket_path: str | None, via: str | None, domain: str | None, force: bool, yes: bool, timeout_s: float
-    ) -> None:
-        self.by_monitor = bool(socket_path or via)
-        self.force = force
-        self.yes = yes
-        self._path, self._domain, self._timeout_s = socket_path, domain, timeout_s
-
-    def monitor(self, target: Target) -> Monitor:
-        """The monitor, connected. Raises MonitorError."""
-        from tracer.qmp import SocketMonitor, VirshMonitor
-
-        if self._path:
-            return SocketMonitor(target, self._path, self._timeout_s)
-        return VirshMonitor(target, self._domain, self._timeout_s)
+    if socket_path:
+        return lambda target: SocketMonitor(target, socket_path, timeout_s)
+    return (lambda target: VirshMonitor(target, domain, timeout_s)) if via else None
 
 
-class _Told:
-    """What came of a nudge so far; what was sent is known also where it ended early."""
-
-    def __init__(self) -> None:
-        self.events: list[Nudged] = []
-        self.failures: list[AioTraceError] = []
-        self.sent = False
-        self.stopped = False
-
-    def add(self, outcome: Outcome) -> None:
-        """What one way did; of what it was the last to be tried for, its word counts."""
-        latest = {(event.pool, event.request) for event in outcome.events}
-        self.events = [event for event in self.events if (event.pool, event.request) not in latest]
-        self.events += outcome.events
-        self.failures += outcome.failures
-
-    @property
-    def status(self) -> int:
-        """The exit status."""
-        if self.stopped or self.failures:
-            return EXIT_FAILED
-        return EXIT_OK if all(event.freed for event in self.events) else EXIT_ALERT
-
-
-def _not_done(told: _Told, interrupted: bool) -> str:
+def _not_done(told: Told, interrupted: bool) -> str:
     if not interrupted:
         return "not done"
     return "interrupted; what was sent is in the audit line" if told.sent else "interrupted; nothing was sent"
 
 
-def _nudged(pid: int, ways: _Ways, told: _Told, streams: Streams) -> None:
-    """Look, then by monitor, then by force; `told` gets what comes of it."""
+def _nudged(pid: int, ways: Ways, told: Told, streams: Streams) -> None:
     from tracer.build import debug_place, read_build
+    from tracer.freeing import free
     from tracer.nudge import Nudge
     from tracer.target import open_target
 
@@ -718,75 +688,7 @@ def _nudged(pid: int, ways: _Ways, told: _Told, streams: Streams) -> None:
     with _while_it_lives(target):
         build = read_build(target.image_path, f"process {pid} ({target.exe})", place=debug_place(target))
         with closing(Nudge(target, build, streams.progress)) as nudger:
-            try:
-                _free(nudger, ways, told, streams)
-            finally:
-                told.sent = bool(nudger.done)
-
-
-def _free(nudger: Nudge, ways: _Ways, told: _Told, streams: Streams) -> None:
-    from tracer.report import wrapped
-
-    seen = nudger.diagnose()
-    for stuck in seen.curable:
-        streams.progress(f"{stuck.verdict.cause}: request {stuck.request.address:#x}")
-        streams.progress(wrapped(stuck.verdict.explanation))
-    if not ways.by_monitor:
-        _force(nudger, seen, ways, told, streams)
-    elif not _by_monitor(nudger, seen, ways, told, streams):
-        left = _left(nudger, seen, told, streams)
-        if left is not None:
-            _force(nudger, left, ways, told, streams)
-
-
-def _by_monitor(nudger: Nudge, seen: Survey, ways: _Ways, told: _Told, streams: Streams) -> bool:
-    """Whether that was all: it freed everything, or there is no --force that may do the rest."""
-    from tracer.nudge import Outcome
-
-    failures: Sequence[AioTraceError] = ()
-    try:
-        with closing(ways.monitor(nudger.target)) as monitor:
-            outcome = nudger.try_monitor(seen, monitor)
-    except AioTraceError as error:
-        if not ways.force:
-            raise
-        failures = (error,)
-    else:
-        if outcome.freed or not ways.force:
-            told.add(outcome)
-            return True
-        told.add(Outcome(outcome.events, ()))
-        failures = outcome.failures
-    nudger.target.check_memory()
-    for failure in failures:
-        streams.progress(f"by monitor: {failure.message}")
-    return False
-
-
-def _left(nudger: Nudge, seen: Survey, told: _Told, streams: Streams) -> Survey | None:
-    """What is lost still, or None where all of it went on by itself after something was sent."""
-    from tracer.errors import NothingLost
-
-    now = None
-    try:
-        now = nudger.diagnose()
-    except NothingLost:
-        if not nudger.done:
-            raise
-        streams.progress("what was lost still went on by itself in the meantime; nothing was called")
-    if nudger.done:
-        told.add(nudger.look_again(seen, now))
-    return now
-
-
-def _force(nudger: Nudge, seen: Survey, ways: _Ways, told: _Told, streams: Streams) -> None:
-    streams.progress(nudger.plan_force(seen))
-    left: Survey | None = seen
-    if not ways.yes:
-        click.confirm("Do it?", abort=True, err=True)
-        left = _left(nudger, seen, told, streams)
-    if left is not None:
-        told.add(nudger.try_force(left))
+            free(nudger, ways, told, streams.progress)
 
 
 def _write_all(events: Sequence[Event], streams: Streams, as_json: bool, verbose: bool) -> None:

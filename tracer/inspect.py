@@ -97,14 +97,14 @@ def diagnose(view: ProcessView, build: Build, patience_s: float = PATIENCE_S, be
 
 
 @dataclass(frozen=True)
-class Stuck:
+class Staying:
     """The addresses of the requests that read the same at every look, and of those that provably do not go on."""
 
     alike: set[int]
     proved: set[int]
 
 
-def stuck(view: ProcessView, loaded: Loaded, pools: Sequence[Pool], patience_s: float = PATIENCE_S) -> Stuck:
+def staying(view: ProcessView, loaded: Loaded, pools: Sequence[Pool], patience_s: float = PATIENCE_S) -> Staying:
     """The requests in `pools` that do not go on for `patience_s`."""
     return _Inspection(view, loaded).accused(pools, patience_s)
 
@@ -164,10 +164,10 @@ class _Inspection:
             time.monotonic() - started,
         )
 
-    def accused(self, found: Sequence[Pool], patience_s: float) -> Stuck:
+    def accused(self, found: Sequence[Pool], patience_s: float) -> Staying:
         alike = [(watched, request) for watched in self._watch(found, patience_s) for request in _persistent(watched)]
         proved = [r for watched, r in alike if self._accuse(watched, r, self._looker.operation(r))]
-        return Stuck({request.address for _, request in alike}, {request.address for request in proved})
+        return Staying({request.address for _, request in alike}, {request.address for request in proved})
 
     # -- looks --------------------------------------------------------------------------------------
 

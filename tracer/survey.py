@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from contextlib import suppress
 
 from tracer.build import Loaded
 from tracer.errors import FaultError, LayoutError
@@ -106,9 +105,7 @@ def _that_stay(reader: PoolReader, late: Sequence[tuple[Pool, Request]]) -> list
 
 def still_stuck(reader: PoolReader, pool: Pool, request: Request) -> bool:
     """Whether this very request is still THREAD_DONE on its pool's list; unreadable memory is no proof of it."""
-    with suppress(FaultError, LayoutError):
-        return _same(request, reader.request(request.address)) and reader.holds(pool, request.address) is True
-    return False
+    return went_on(reader, pool, request) is False
 
 
 def went_on(reader: PoolReader, pool: Pool, request: Request) -> bool | None:
@@ -116,14 +113,18 @@ def went_on(reader: PoolReader, pool: Pool, request: Request) -> bool | None:
 
     None where memory cannot tell, because it cannot be read: the process may have ended.
     """
-    with suppress(FaultError):
-        try:
-            if not _same(request, reader.request(request.address)):
-                return True
-        except LayoutError:
-            return True  # something else is there
+    readable = True
+    try:
+        if not _same(request, reader.request(request.address)):
+            return True
+    except LayoutError:
+        return True  # something else is there
+    except FaultError:
+        readable = False
     held = reader.holds(pool, request.address)
-    return None if held is None else not held
+    if held is False:
+        return True
+    return False if held and readable else None
 
 
 def _same(then: Request, now: Request) -> bool:

@@ -422,11 +422,11 @@ class Watch:
         suspects = {address: record for address, record in records.items() if self._suspicious(sampler, record, now)}
         if not suspects or now < self._next_proof:
             return records
-        from tracer.inspect import PATIENCE_S, stuck
+        from tracer.inspect import PATIENCE_S, staying
 
         left = min(self._limit_of(record) or now for record in suspects.values()) - now - self._sample_s
         patience_s = min(PATIENCE_S, max(left, PATIENCE_S / 2))
-        seen = stuck(self._view, self._loaded, sampler.pools_of(set(suspects)), patience_s)
+        seen = staying(self._view, self._loaded, sampler.pools_of(set(suspects)), patience_s)
         found = seen.proved & suspects.keys()
         self._date(sampler, [suspects[address] for address in found])
         for address in suspects.keys() - found:

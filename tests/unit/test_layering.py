@@ -38,7 +38,7 @@ STAGES: tuple[tuple[str, ...], ...] = (
     ("tracer.check", "tracer.figures", "tracer.looking", "tracer.sampling", "tracer.report"),
     ("tracer.hit_cost", "tracer.qmp", "tracer.inject", "tracer.audit", "tracer.survey", "tracer.qcow2"),
     ("tracer.inspect", "tracer.report_inspect", "tracer.nudge"),
-    ("tracer.save", "tracer.nudger", "tracer.spending"),
+    ("tracer.save", "tracer.nudger", "tracer.freeing", "tracer.spending"),
     ("tracer.watch",),
     ("tracer.session",),
     ("tracer.lab",),
