@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from tracer.freeing import Told, Ways
     from tracer.live import LiveView
     from tracer.qmp import Monitor
+    from tracer.session import Stop
     from tracer.target import Target
 
 UNITS_S = {"us": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0}
@@ -161,8 +162,11 @@ def _handle_endings(handler: Callable[[int, Any], None]) -> None:
             signal.signal(number, handler)
 
 
-def _handle_signals(stop: Callable[[], None]) -> None:
-    _handle_endings(lambda _number, _frame: stop())
+def _handle_signals(stop: Stop) -> None:
+    _handle_endings(lambda _number, _frame: stop.request())
+    # A handler in Python runs only once what waits has returned: a signal in the microseconds before that
+    # must wake it.
+    signal.set_wakeup_fd(stop.wake_fd, warn_on_full_buffer=False)
     signal.signal(signal.SIGPIPE, signal.SIG_IGN)
 
 
@@ -299,7 +303,7 @@ def _trace(pids: Sequence[int], everything: bool, options: Any, as_json: bool, v
     from tracer.session import Session, Stop
 
     stop = Stop()
-    _handle_signals(stop.request)
+    _handle_signals(stop)
     streams = Streams(stop.fd)
     chosen = list(dict.fromkeys([*pids, *(_every_qemu() if everything else [])]))
     lines, table = (
@@ -639,7 +643,7 @@ def nudge(
     ways = Ways(
         _monitor_chosen(socket_path, via, domain, timeout),
         force,
-        None if yes else lambda: click.confirm("Do it?", abort=True, err=True),
+        None if yes else lambda: _confirm("Do it?"),
     )
     told = Told()
     _unwind_at_signals()
@@ -670,6 +674,32 @@ def _monitor_chosen(
     if socket_path:
         return lambda target: SocketMonitor(target, socket_path, timeout_s)
     return (lambda target: VirshMonitor(target, domain, timeout_s)) if via else None
+
+
+def _confirm(question: str) -> None:
+    """As click.confirm(abort=True), but a signal that comes just before it waits for the answer is not lost."""
+    import select
+
+    woken, wake = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+    signal.set_wakeup_fd(wake, warn_on_full_buffer=False)
+    answer = b""
+    try:
+        while answer not in (b"y", b"yes"):
+            click.echo(f"{question} [y/N]: ", nl=False, err=True)
+            ready, _, _ = select.select([0, woken], [], [])
+            line = os.read(0, 4096) if 0 in ready else b""
+            answer = line.strip().lower()
+            if answer in (b"", b"n", b"no"):
+                if not line:
+                    click.echo(err=True)
+                raise click.Abort
+    except Interrupted:
+        click.echo(err=True)
+        raise
+    finally:
+        signal.set_wakeup_fd(-1)
+        os.close(woken)
+        os.close(wake)
 
 
 def _not_done(told: Told, interrupted: bool) -> str:

@@ -38,17 +38,20 @@ EVERYBODY = 15
 
 
 class Stop:
-    """A request to end, from a signal handler or another thread; can be waited for by its `fd`."""
+    """A request to end, from a signal handler or another thread; can be waited for by its `fd`.
+
+    What is written to `wake_fd` wakes who waits.
+    """
 
     def __init__(self) -> None:
-        self.fd, self._write_fd = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        self.fd, self.wake_fd = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         self.requested = False
 
     def request(self) -> None:
         """End as soon as possible; safe in a signal handler."""
         self.requested = True
         with suppress(OSError):
-            os.write(self._write_fd, b"x")
+            os.write(self.wake_fd, b"x")
 
 
 @dataclass(frozen=True)

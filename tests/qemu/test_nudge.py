@@ -276,7 +276,8 @@ def test_it_asks_before_force(paused_qemu: Qemu) -> None:
         if answer:
             assert b"call qemu_bh_schedule(" in errors
             assert b"stands still" in errors
-        assert (b"not done" in errors) is (status == 1)
+        assert (b"not done" in errors) is (answer == b"n\n")
+        assert (b"\ninterrupted; nothing was sent\n" in errors) is (not answer)
         assert lost.still_lost() is (status == 1)
 
 

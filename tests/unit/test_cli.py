@@ -241,7 +241,8 @@ def test_what_libraries_print_is_no_result() -> None:
 def test_messages_nobody_reads_are_no_reason_to_end() -> None:
     code = (
         "import cli\n"
-        "cli._handle_signals(lambda: None)\n"
+        "from tracer.session import Stop\n"
+        "cli._handle_signals(Stop())\n"
         "streams = cli.Streams()\n"
         "for _ in range(3): streams.progress('x' * 100000)\n"
         "streams.out.write('result\\n'); streams.out.flush()\n"
@@ -254,10 +255,11 @@ def test_messages_nobody_reads_are_no_reason_to_end() -> None:
 def test_hang_ups_stay_ignored_under_nohup(ignored: bool, stops: bool) -> None:
     code = (
         "import os, signal, cli\n"
-        "stopped = []\n"
-        "cli._handle_signals(lambda: stopped.append(1))\n"
+        "from tracer.session import Stop\n"
+        "stop = Stop()\n"
+        "cli._handle_signals(stop)\n"
         "os.kill(os.getpid(), signal.SIGHUP)\n"
-        "print(bool(stopped))\n"
+        "print(stop.requested)\n"
     )
     assert aio_trace(code=code, prefix="trap '' HUP;" if ignored else "").stdout == f"{stops}\n"
 
@@ -268,11 +270,70 @@ def test_signals_ask_to_stop(number: signal.Signals) -> None:
         "import os, select, cli\n"
         "from tracer.session import Stop\n"
         "stop = Stop()\n"
-        "cli._handle_signals(stop.request)\n"
+        "cli._handle_signals(stop)\n"
         f"os.kill(os.getpid(), {int(number)}); os.kill(os.getpid(), {int(number)})\n"
         "print(stop.requested, len(select.select([stop.fd], [], [], 60)[0]))\n"
     )
     assert aio_trace(code=code).stdout == "True 1\n"
+
+
+#: Puts a Ctrl-C between a call of select() and its waiting: where Python runs no handler before the wait is over.
+JUST_BEFORE = (
+    "import ctypes, functools, operator, select\n"
+    "real, kill = select.select, getattr(ctypes.CDLL(None), 'raise')\n"
+    "def late(*arguments):\n"
+    "    steps = [functools.partial(kill, 2), functools.partial(real, *arguments)]\n"
+    "    return list(map(operator.call, steps))[1]\n"
+)
+
+
+def test_a_signal_just_before_the_wait_is_not_lost() -> None:
+    code = (
+        f"{JUST_BEFORE}"
+        "import cli\n"
+        "from tracer.session import Stop\n"
+        "stop = Stop()\n"
+        "cli._handle_signals(stop)\n"
+        "print(late([stop.fd], [], [], 60)[0] == [stop.fd], stop.requested)\n"
+    )
+    assert aio_trace(code=code).stdout == "True True\n"
+
+
+def test_a_signal_just_before_the_answer_is_not_lost() -> None:
+    code = (
+        f"{JUST_BEFORE}"
+        "select.select = late\n"
+        "import os, cli\n"
+        "ours, theirs = os.openpty(); os.dup2(theirs, 0)\n"
+        "cli._unwind_at_signals()\n"
+        "try: cli._confirm('Do it?')\n"
+        "except cli.Interrupted: print('interrupted')\n"
+    )
+    assert aio_trace(code=code).stdout == "interrupted\n"
+
+
+@pytest.mark.parametrize(
+    ("typed", "agreed", "asked"),
+    [
+        ("y", True, 1),
+        ("YES", True, 1),
+        ("n", False, 1),
+        ("", False, 1),
+        ("perhaps\\ny", True, 2),
+        ("\\xff\\ny", True, 2),
+        ("\\x04", False, 1),
+    ],
+)
+def test_only_a_yes_is_one(typed: str, agreed: bool, asked: int) -> None:
+    code = (
+        "import os, cli, click\n"
+        "ours, theirs = os.openpty(); os.dup2(theirs, 0)\n"
+        f"os.write(ours, b'{typed}\\n')\n"
+        "try: cli._confirm('Do it?'); print(True)\n"
+        "except click.Abort: print(False)\n"
+    )
+    done = aio_trace(code=code)
+    assert (done.stdout, done.stderr.count("Do it? [y/N]")) == (f"{agreed}\n", asked)
 
 
 def test_all_without_a_qemu_says_so() -> None:
