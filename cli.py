@@ -18,7 +18,6 @@ import time  # noqa: E402
 
 STARTED = time.monotonic()
 
-import json  # noqa: E402
 import os  # noqa: E402
 import re  # noqa: E402
 import resource  # noqa: E402
@@ -41,6 +40,7 @@ from tracer.errors import (  # noqa: E402
     NoSuchProcess,
 )
 from tracer.events import Diagnosis, Event, Failure  # noqa: E402
+from tracer.text import printable, printable_lines  # noqa: E402
 
 if TYPE_CHECKING:
     from tracer.freeing import Told, Ways
@@ -112,7 +112,7 @@ class Streams:
     def progress(self, text: str) -> None:
         """A message to people; where nobody listens any more, that is no reason to end."""
         try:
-            print(text, file=self._errors or sys.stderr, flush=True)
+            print(printable_lines(text), file=self._errors or sys.stderr, flush=True)
         except OSError:
             self._errors = None
             _to_nobody()
@@ -504,12 +504,13 @@ def _inspect_and_save(
 
 
 def _save(view: LiveView, found: Diagnosis, path: str, progress: Callable[[str], None]) -> None:
+    from tracer.report import json_line
     from tracer.report_inspect import diagnosis_json
     from tracer.save import save, save_report
 
     report = f"{path}.json"
     saved = save(view, path)
-    save_report(saved, report, json.dumps(diagnosis_json(found)) + "\n")
+    save_report(saved, report, json_line(diagnosis_json(found)) + "\n")
     progress(f"saved {path} ({saved.size / (1 << 20):.1f} MiB, no guest RAM) and {report}")
     progress(f"the process stood still for {saved.stopped_s * 1e3:.1f} ms while its registers were taken")
     if saved.partial:
@@ -526,9 +527,10 @@ def _inspect_core(core: str, exe: str | None) -> Diagnosis:
 
 
 def _write_diagnosis(streams: Streams, found: Diagnosis, as_json: bool, verbose: bool) -> None:
+    from tracer.report import json_line
     from tracer.report_inspect import diagnosis_json, diagnosis_text
 
-    text = json.dumps(diagnosis_json(found)) if as_json else diagnosis_text(found, verbose)
+    text = json_line(diagnosis_json(found)) if as_json else diagnosis_text(found, verbose)
     try:
         streams.out.write(text + "\n")
         streams.out.flush()
@@ -760,9 +762,10 @@ def _report(
     """One sentence and a hint on standard error; with --json also an `error` object on standard output."""
     if as_json:
         from tracer.report import as_json as event_json
+        from tracer.report import json_line
 
         with suppress(OSError):
-            streams.out.write(json.dumps(event_json(Failure(time.time(), pid, error.message, error.hint))) + "\n")
+            streams.out.write(json_line(event_json(Failure(time.time(), pid, error.message, error.hint))) + "\n")
             streams.out.flush()
     for note in getattr(error, "__notes__", []) if verbose else []:
         streams.progress(note)
@@ -782,7 +785,7 @@ def main() -> None:
     except (MemoryError, OSError) as error:
         if "-v" in sys.argv:
             raise
-        reason = "there is not enough memory" if isinstance(error, MemoryError) else str(error)
+        reason = "there is not enough memory" if isinstance(error, MemoryError) else printable(str(error))
         print(
             f"aio-trace: it cannot go on here: {reason}\n  try: ulimit -a    # what this shell allows", file=sys.stderr
         )

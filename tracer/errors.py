@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import errno
 
+from tracer.text import printable
+
 EXIT_OK = 0
 EXIT_FAILED = 1
 EXIT_USAGE = 2
@@ -17,13 +19,13 @@ OUT_OF_FILES = frozenset((errno.EMFILE, errno.ENFILE))
 
 
 class AioTraceError(Exception):
-    """Base of all expected failures: `message` (one sentence), `hint` (or None), `status`."""
+    """Base of all expected failures: `message` (one sentence, one line), `hint` (or None), `status`."""
 
     status = EXIT_FAILED
 
     def __init__(self, message: str, hint: str | None = None) -> None:
-        super().__init__(message)
-        self.message = message
+        self.message = printable(message)
+        super().__init__(self.message)
         self.hint = hint
 
 
@@ -143,4 +145,15 @@ def pasted(path: str) -> str:
     """A path or other word as it must be typed in a shell, and is no option; for hints."""
     import shlex  # of no use until something fails
 
-    return shlex.quote(f"./{path}" if path.startswith("-") else path)
+    path = f"./{path}" if path.startswith("-") else path
+    return shlex.quote(path) if path.isprintable() else _quoted(path)
+
+
+def _quoted(path: str) -> str:
+    """As bash, zsh and others take what cannot be typed: $'\\x1b'."""
+    try:
+        raw = path.encode(errors="surrogateescape")
+    except UnicodeEncodeError:  # no name of a file
+        raw = path.encode(errors="backslashreplace")
+    letters = (chr(byte) if 0x20 <= byte < 0x7F else f"\\x{byte:02x}" for byte in raw)
+    return "$'" + "".join(f"\\{letter}" if letter in ("\\", "'") else letter for letter in letters) + "'"

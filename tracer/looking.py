@@ -19,7 +19,8 @@ from tracer.memory import read_string
 from tracer.pools import Pool, Request, RequestList, ThreadCounts
 from tracer.posix_aio import Operation
 from tracer.records import dataclass
-from tracer.target import FILE_SYSCALLS, Thread, printable
+from tracer.target import FILE_SYSCALLS, Thread
+from tracer.text import printable
 from tracer.verdict import MAX_FRAMES, Facts, HomeStack, Look
 from tracer.view import Frame, ProcessView, Stack
 

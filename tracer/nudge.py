@@ -33,6 +33,7 @@ from tracer.qmp import Monitor, force_hint
 from tracer.records import dataclass
 from tracer.survey import Stuck, Survey, still_stuck, survey, went_on
 from tracer.target import Target
+from tracer.text import printable
 from tracer.verdict import LOOP_BLOCKED, LOOP_BUSY, LOST_KICK, LOST_WAKEUP, STOPPED, UNPOLLED_KICK
 
 #: Not aligned to any sector: QEMU reads the sector around it into a buffer of its own, by the thread pool
@@ -204,7 +205,7 @@ class Nudge:
 
     def _announce(self, line: str, why: str) -> None:
         """What will be sent, in one line that can be pasted, and why it is harmless."""
-        self._say(f"sending: {line}\n" + textwrap.indent(textwrap.fill(why, WIDTH), "  "))
+        self._say(f"sending: {printable(line)}\n" + textwrap.indent(textwrap.fill(why, WIDTH), "  "))
 
     def _ring(self, stuck: Stuck, talk: _Talk) -> None:
         """Wake an iothread: setting its polling time to what it is rings its eventfd, and no more."""
@@ -297,7 +298,7 @@ class Nudge:
                 f"({home.home_name}), for pool {stuck.pool.address:#x}"
             )
         return (
-            f"--force will, in process {self.target.pid} ({self.target.exe}):\n  "
+            f"--force will, in process {self.target.pid} ({printable(self.target.exe)}):\n  "
             + "\n  ".join(lines)
             + "\nThat is the call which QEMU's worker should have made. The thread, asleep in its poll, stands still\n"
             "for some milliseconds meanwhile (usually less than one); all others go on. Everything is checked again\n"

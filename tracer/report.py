@@ -10,10 +10,10 @@ import os
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields, is_dataclass, replace
 from datetime import UTC, datetime
 from functools import cache
-from typing import Any, Protocol, TextIO
+from typing import Any, Protocol, TextIO, TypeVar
 
 from tracer.errors import pasted
 from tracer.events import (
@@ -32,6 +32,7 @@ from tracer.events import (
 )
 from tracer.known_bugs import BugNote
 from tracer.layout import Layout
+from tracer.text import exact, printable, printable_lines
 from tracer.verdict import LOST_WAKEUP
 
 STAGE_TITLES = {
@@ -47,6 +48,34 @@ ADVICE_LOST_WAKEUP = (
 )
 WIDTH = 79
 NAME = "aio-trace"
+
+T = TypeVar("T")
+
+
+def shown(value: T) -> T:
+    """An event, or any part of one, with all its text as it may be shown to people: see tracer/text."""
+    made: Any = value
+    if isinstance(value, str):
+        made = printable(value)
+    elif isinstance(value, Mapping):
+        made = {shown(name): shown(member) for name, member in value.items()}
+    elif isinstance(value, (tuple, list)):
+        made = type(value)(map(shown, value))
+    elif is_dataclass(value) and not isinstance(value, type):
+        parts = {each.name: getattr(value, each.name) for each in fields(value)}
+        made = replace(value, **{name: shown(part) for name, part in parts.items()})
+    result: T = made
+    return result
+
+
+def json_line(value: Mapping[str, Any]) -> str:
+    """One line of JSON, of ASCII alone; what JSON cannot say is None."""
+    try:
+        text = json.dumps(value, allow_nan=False)
+    except ValueError:
+        text = "\\ud"
+    # A pair of them is a letter, and a backslash may stand for itself: exact() knows.
+    return text if "\\ud" not in text else json.dumps(exact(value), allow_nan=False)
 
 
 def as_typed(command: str) -> str:
@@ -105,7 +134,7 @@ class JsonWriter:
 
     def write(self, event: Event) -> None:
         """Write one event, whole and at once."""
-        self._out.write(json.dumps(as_json(event)) + "\n")
+        self._out.write(json_line(as_json(event)) + "\n")
         self._out.flush()
 
 
@@ -325,7 +354,8 @@ class TableWriter:
         self._alike_count = 0
 
     def write(self, event: Event) -> None:
-        """Write one event, whole and at once."""
+        """Write one event, whole and at once; of its text nothing does more than stand there."""
+        event = shown(event)
         if isinstance(event, Attached):
             self._attached(event)
         elif isinstance(event, Counts):
@@ -348,7 +378,7 @@ class TableWriter:
                 self._progress(f"  try: {as_typed(event.hint)}")
 
     def _print(self, text: str) -> None:
-        self._out.write(text + "\n")
+        self._out.write(printable_lines(text) + "\n")
         self._out.flush()
 
     def _of(self, event: Event) -> str:
@@ -497,6 +527,7 @@ BARRIER_TEXTS = {
 
 def checked_text(event: Checked) -> str:
     """The findings of `check` for people."""
+    event = shown(event)
     version = f"QEMU {event.version}" if event.version else "QEMU (version not found)"
     parts = [f"{event.exe}: {version}\n  {event.machine}, build id {event.build_id or 'none'}"]
     parts.append("probe sites\n" + (_sites_table(event) if event.sites else "  none was found"))

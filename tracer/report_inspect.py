@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from tracer.events import Diagnosis, InspectedPool, InspectedRequest, InspectedThread
-from tracer.report import as_hex, bugs_json, rfc3339, size, wrapped
+from tracer.report import as_hex, bugs_json, rfc3339, shown, size, wrapped
 
 #: Requests of a pool that people see in full; the others get one line each.
 MOST_IN_FULL = 3
@@ -104,6 +104,7 @@ def _thread_json(thread: InspectedThread) -> dict[str, Any]:
 
 def diagnosis_text(found: Diagnosis, verbose: bool = False) -> str:
     """For people: the verdict, then every pool with its requests, then the threads that matter."""
+    found = shown(found)
     version = f"QEMU {found.version}" if found.version else "QEMU (version not found)"
     whose = f"core file {found.core}" if found.core else f"process {found.pid}"
     lines = [

@@ -16,6 +16,7 @@ from functools import cached_property
 
 from tracer.errors import OUT_OF_FILES, HostError, NoSuchProcess, NotPermitted, NotQemu, TargetExited
 from tracer.records import dataclass
+from tracer.text import printable
 
 AT_ENTRY = 9
 
@@ -378,18 +379,6 @@ def _exe_of(pid: int) -> str:
         return next(region.path for region in target.regions() if region.start <= entry < region.end)
     except (TargetExited, StopIteration):
         return LONG_NAME
-
-
-def printable(name: str) -> str:
-    """A name as it can be shown: what is no text, or would do something to a terminal, stands with backslashes."""
-    if name.isprintable():
-        return name
-    return "".join(letter if letter.isprintable() else _escaped(letter) for letter in name)
-
-
-def _escaped(letter: str) -> str:
-    byte = ord(letter) - 0xDC00  # how Python keeps bytes that are no UTF-8
-    return f"\\x{byte:02x}" if 0x80 <= byte <= 0xFF else letter.encode("unicode_escape").decode()
 
 
 def find_qemus() -> list[int]:
