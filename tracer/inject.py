@@ -4,8 +4,11 @@ Knows: ptrace and the signal frame of Linux on x86-64. Does not know QEMU. The t
 call that can be restarted; below its stack a frame is laid such as the kernel makes for a signal handler,
 and its registers are set to run the function. What the function returns to is the C library's own way out
 of signal handlers, rt_sigreturn, which gives the thread back every register and starts the system call
-again. So nothing has to be waited for or undone: the registers change in one system call of ours, before it
+again. So nothing has to be undone: the registers change in one system call of ours, before it
 nothing has happened, after it all will happen, and being killed at any point does no harm.
+
+The frame proves itself first: the thread is sent through it without any call, stopped at the end of rt_sigreturn,
+and every register is compared with what it was. Only then the call is made, from that very stop.
 """
 
 from __future__ import annotations
@@ -18,20 +21,26 @@ import platform
 import re
 import struct
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 
+from tracer import xstate
 from tracer.errors import FaultError, InjectionRefused
 from tracer.memory import LiveMemory
 from tracer.records import dataclass
 from tracer.target import Region, Target
 
 PTRACE_SETREGS, PTRACE_GETREGS, PTRACE_DETACH, PTRACE_CONT = 13, 12, 17, 7
-PTRACE_GETREGSET, PTRACE_SEIZE, PTRACE_INTERRUPT, PTRACE_GETSIGMASK = 0x4204, 0x4206, 0x4207, 0x420A
+PTRACE_SYSCALL = 24
+PTRACE_GETREGSET, PTRACE_SETREGSET, PTRACE_SEIZE, PTRACE_INTERRUPT = 0x4204, 0x4205, 0x4206, 0x4207
+PTRACE_GETSIGMASK, PTRACE_SETSIGMASK = 0x420A, 0x420B
+PTRACE_O_TRACESYSGOOD = 1
 PTRACE_EVENT_STOP = 128
 NT_X86_XSTATE = 0x202
 WALL = 0x40000000
 SIGTRAP = 5
+#: How waitpid shows the beginning or the end of a system call.
+AT_SYSCALL = SIGTRAP | 0x80
 
 # struct user_regs_struct, arch/x86/include/uapi/asm/ptrace.h
 REGISTERS = (
@@ -44,8 +53,6 @@ SIGCONTEXT = (
     *("rsp", "rip", "eflags"),
 )
 UC_FP_XSTATE, UC_SIGCONTEXT_SS, UC_STRICT_RESTORE_SS = 1, 2, 4
-FP_XSTATE_MAGIC1, FP_XSTATE_MAGIC2 = 0x46505853, 0x46505845
-XSTATE_SW_RESERVED, XSTATE_LEAST = 464, 576  # of the XSAVE area: where software may write; with its header
 #: do_sigaltstack() refuses these flags and leaves the thread's alternate stack as it is.
 SS_LEAVE_ALONE = 4
 UCONTEXT_SIZE, SIGINFO_SIZE = 304, 128
@@ -62,8 +69,11 @@ RED_ZONE = 128
 #: Stack that must be there below the thread's own: the frame, and what the function needs.
 STACK_NEEDED = 32 << 10
 FLAG_TRAP, FLAG_DIRECTION = 1 << 8, 1 << 10
+NO_SYSCALL = (1 << 64) - 1  # in orig_rax: none that is to be started again
 #: mov $15,%rax; syscall: __restore_rt of glibc and musl, of which debuggers know the very bytes.
 RESTORER = bytes.fromhex("48c7c00f0000000f05")
+#: How much of a mapping of code is searched for it, bytes, and how many mappings.
+LARGEST_CODE, MOST_CODE = 64 << 20, 1000
 STOP_TIMEOUT_S = 2.0
 POLL_S = 20e-6
 ATTEMPTS = 20
@@ -118,9 +128,9 @@ def find_restorer(target: Target, memory: LiveMemory) -> int:
     """Where the C library returns from signal handlers; InjectionRefused if that is not found."""
     code = [region for region in target.regions() if "x" in region.permissions and region.path]
     code.sort(key=lambda region: not re.search(r"/(libc[.-]|ld-musl)", region.path))
-    for region in code:
+    for region in code[:MOST_CODE]:
         with suppress(FaultError):
-            at = memory.read(region.start, region.size).find(RESTORER)
+            at = memory.read(region.start, min(region.size, LARGEST_CODE)).find(RESTORER)
             if at >= 0:
                 return region.start + at
     raise InjectionRefused("the C library's way out of signal handlers was not found in the process")
@@ -134,37 +144,79 @@ def call_in_thread(target: Target, memory: LiveMemory, tid: int, call: Call, che
     thread stands still. Raises InjectionRefused; then nothing was called.
     """
     check_machine(target)
-    restorer = find_restorer(target, memory)
-    regions = target.regions()
+    means = _Means(find_restorer(target, memory), target.regions(), xstate.areas())
     for _ in range(ATTEMPTS):
-        pause = _attempt(target, tid, call, check, restorer, regions)
+        pause = _attempt(target, tid, call, check, means)
         if pause is not None:
             return pause
         time.sleep(0.01)
     raise InjectionRefused(f"thread {tid} was never found asleep in its poll in {ATTEMPTS} attempts")
 
 
-def _attempt(
-    target: Target, tid: int, call: Call, check: Callable[[], None], restorer: int, regions: list[Region]
-) -> Pause | None:
+@dataclass(frozen=True)
+class _Means:
+    """What a frame needs and can be known while the thread still runs."""
+
+    restorer: int  # the address of the C library's way out of signal handlers
+    regions: list[Region]
+    areas: Mapping[int, xstate.Area]
+
+
+def _attempt(target: Target, tid: int, call: Call, check: Callable[[], None], means: _Means) -> Pause | None:
     with _undisturbed(), _Stopped(target, tid) as thread:
         registers = thread.registers()
         if not thread.still or registers["orig_rax"] not in LOOP_CALLS:
             return None
         check()
-        frame, stack = _frame(registers, thread.signal_mask(), thread.xstate(), restorer)
-        _check_stack(regions, stack, registers["rsp"])
+        held = _Held(registers, thread.signal_mask(), thread.xstate())
+        frame, stack = _frame(held, means)
+        _check_stack(means.regions, stack, held.registers["rsp"])
         thread.write(stack, frame)
-        changed = registers | {
-            "rsp": stack,
-            "rip": call.function,
-            "rdi": call.argument,
-            "rax": 0,
-            "orig_rax": (1 << 64) - 1,
-            "eflags": registers["eflags"] & ~(FLAG_TRAP | FLAG_DIRECTION),
-        }
-        thread.set_registers(changed)
+        # As a handler returns: its ret has taken the address of the restorer from the stack.
+        if not _rehearse(thread, held, _redirected(held.registers, stack + 8, means.restorer)):
+            return None
+        check()
+        called = _redirected(held.registers, stack, call.function)
+        thread.set_registers({**called, "rdi": call.argument})
     return Pause(tid, thread.pause_s)
+
+
+def _redirected(registers: dict[str, int], stack: int, code: int) -> dict[str, int]:
+    flags = registers["eflags"] & ~(FLAG_TRAP | FLAG_DIRECTION)
+    return {**registers, "rsp": stack, "rip": code, "rax": 0, "orig_rax": NO_SYSCALL, "eflags": flags}
+
+
+def _rehearse(thread: _Stopped, held: _Held, way_back: dict[str, int]) -> bool:
+    """Send the thread through its frame to the end of rt_sigreturn; False if a signal came, which it handles first.
+
+    Raises InjectionRefused where it did not get everything back from the frame; we give it that then.
+    """
+    thread.set_registers(way_back)
+    if not (thread.to_syscall() and thread.to_syscall()):
+        return False
+    wrong = _spoiled(held, thread)
+    if wrong is None:
+        return True
+    thread.set_xstate(held.xstate)
+    thread.set_signal_mask(held.mask)
+    thread.set_registers({**held.registers, **_resumed(held.registers), "orig_rax": NO_SYSCALL})
+    left = _spoiled(held, thread)
+    raise InjectionRefused(
+        f"nothing was called: tried without a call, this kernel did not give thread {thread.tid} back {wrong}; "
+        + ("they have been put back since" if left is None else f"nor could {left} be put back in another way")
+    )
+
+
+def _spoiled(held: _Held, thread: _Stopped) -> str | None:
+    """What of the thread differs from what it had when it was to make its system call again; None: nothing."""
+    expected = {**held.registers, **_resumed(held.registers), "orig_rax": NO_SYSCALL}
+    now = thread.registers()
+    names = [name for name in REGISTERS if now[name] != expected[name]]
+    if names:
+        return f"its registers ({', '.join(names)})"
+    if thread.signal_mask() != held.mask:
+        return "its signal mask"
+    return None if xstate.same_state(thread.xstate(), held.xstate) else "its floating-point or vector registers"
 
 
 @contextmanager
@@ -193,33 +245,33 @@ def _check_stack(regions: list[Region], bottom: int, top: int) -> None:
     raise InjectionRefused("there is too little room on the thread's stack")
 
 
-def _frame(registers: dict[str, int], mask: int, xstate: bytes, restorer: int) -> tuple[bytes, int]:
+@dataclass(frozen=True)
+class _Held:
+    """All that a thread has in registers, at the stop in which it was found asleep."""
+
+    registers: dict[str, int]
+    mask: int  # of its signals
+    xstate: bytes  # as PTRACE_GETREGSET gives it
+
+
+def _frame(held: _Held, means: _Means) -> tuple[bytes, int]:
     """struct rt_sigframe (arch/x86/include/asm/sigframe.h) with its FPU state, and where it is to stand.
 
     It brings the thread back to where it was: at the system call, about to make it.
     """
-    state = _fpu_state(xstate)
-    fpu_at = (registers["rsp"] - RED_ZONE - len(state)) & ~63
+    state = xstate.signal_state(held.xstate, means.areas)
+    fpu_at = (held.registers["rsp"] - RED_ZONE - len(state)) & ~63
     # A function finds its stack as a call leaves it: 8 short of a multiple of 16.
     start = ((fpu_at - 8 - UCONTEXT_SIZE - SIGINFO_SIZE) & ~15) - 8
-    restored = registers | _resumed(registers)
+    restored = {**held.registers, **_resumed(held.registers)}
     words = struct.pack("<18Q", *(restored[name] for name in SIGCONTEXT))
     selectors = struct.pack("<4H", restored["cs"] & 0xFFFF, restored["gs"] & 0xFFFF, restored["fs"] & 0xFFFF,
                             restored["ss"] & 0xFFFF)  # fmt: skip
     context = words + selectors + struct.pack("<4Q", 0, 0, 0, 0) + struct.pack("<Q", fpu_at) + bytes(64)
     flags = UC_FP_XSTATE | UC_SIGCONTEXT_SS | UC_STRICT_RESTORE_SS
-    ucontext = struct.pack("<QQQiiQ", flags, 0, 0, SS_LEAVE_ALONE, 0, 0) + context + struct.pack("<Q", mask)
-    body = struct.pack("<Q", restorer) + ucontext
+    ucontext = struct.pack("<QQQiiQ", flags, 0, 0, SS_LEAVE_ALONE, 0, 0) + context + struct.pack("<Q", held.mask)
+    body = struct.pack("<Q", means.restorer) + ucontext
     return body + bytes(fpu_at - start - len(body)) + state, start
-
-
-def _fpu_state(xstate: bytes) -> bytes:
-    """The thread's FPU state as the kernel lays it on the stack of a signal handler."""
-    (features,) = struct.unpack_from("<Q", xstate, XSTATE_SW_RESERVED)
-    size = len(xstate)
-    reserved = struct.pack("<IIQI7I", FP_XSTATE_MAGIC1, size + 4, features, size, *[0] * 7)
-    head, tail = xstate[:XSTATE_SW_RESERVED], xstate[XSTATE_SW_RESERVED + len(reserved) :]
-    return head + reserved + tail + struct.pack("<I", FP_XSTATE_MAGIC2)
 
 
 def _resumed(registers: dict[str, int]) -> dict[str, int]:
@@ -237,17 +289,21 @@ class _Stopped:
 
     def __init__(self, target: Target, tid: int) -> None:
         self._target = target
-        self._tid = tid
+        self.tid = tid
         self._stood = 0.0
         self._signal = 0
+        self._memory: int | None = None
         self.still = False
         self.pause_s = 0.0
 
     def __enter__(self) -> _Stopped:
-        self._ptrace(PTRACE_SEIZE)
+        self._ptrace(PTRACE_SEIZE, data=PTRACE_O_TRACESYSGOOD)
         try:
+            self._prove()
             self._ptrace(PTRACE_INTERRUPT)
-            self._wait()
+            stop = self._wait()
+            self._stood = time.monotonic()
+            self.still = stop >> 8 == PTRACE_EVENT_STOP and stop & 0xFF == SIGTRAP
         except BaseException:
             self._detach()
             raise
@@ -256,29 +312,51 @@ class _Stopped:
     def __exit__(self, *_: object) -> None:
         self._detach()
 
+    def _prove(self) -> None:
+        """That the thread is the target's. It keeps its number from the moment it is seized, whatever becomes of it.
+
+        Raises InjectionRefused or TargetExited, and the thread was not stopped.
+        """
+        try:
+            self._memory = os.open(f"/proc/{self._target.pid}/task/{self.tid}/mem", os.O_WRONLY | os.O_CLOEXEC)
+        except FileNotFoundError as error:
+            why = f"thread {self.tid} is none of process {self._target.pid} any more"
+            raise InjectionRefused(why) from error
+        except OSError as error:
+            raise InjectionRefused(f"the thread's stack cannot be written to: {error.strerror}") from error
+        self._target.check_alive()
+
     def _detach(self) -> None:
         # A thread that does not stand cannot be let go; it is let go when we end.
         with suppress(InjectionRefused):
             self._ptrace(PTRACE_DETACH, data=self._signal)
         self.pause_s = time.monotonic() - self._stood
+        if self._memory is not None:
+            os.close(self._memory)
 
-    def _wait(self) -> None:
-        """Wait until it stands. If a signal came first it is handed on, and `still` stays False."""
+    def to_syscall(self) -> bool:
+        """Let it run to where its next system call begins, or the one that it is in ends.
+
+        False if it stands before that: for a signal, which is then handed on when it is let go.
+        """
+        self._ptrace(PTRACE_SYSCALL)
+        return self._wait() == AT_SYSCALL
+
+    def _wait(self) -> int:
+        """Wait until it stands: the signal, and above that the event. A signal of its own is kept for it."""
         end = time.monotonic() + STOP_TIMEOUT_S
         while time.monotonic() < end:
-            pid, status = os.waitpid(self._tid, WALL | os.WNOHANG)
+            pid, status = os.waitpid(self.tid, WALL | os.WNOHANG)
             if not pid:
                 time.sleep(POLL_S)  # it needs a processor to stop on, which may be ours
                 continue
-            self._stood = time.monotonic()
             if not os.WIFSTOPPED(status):
-                raise InjectionRefused(f"thread {self._tid} ended")
-            if status >> 16 != PTRACE_EVENT_STOP:
-                self._signal = os.WSTOPSIG(status)
-            elif os.WSTOPSIG(status) == SIGTRAP:
-                self.still = True
-            return
-        raise InjectionRefused(f"thread {self._tid} could not be stopped within {STOP_TIMEOUT_S:g} s")
+                raise InjectionRefused(f"thread {self.tid} ended")
+            number, event = os.WSTOPSIG(status), status >> 16
+            if not event and number != AT_SYSCALL:
+                self._signal = number
+            return number | event << 8
+        raise InjectionRefused(f"thread {self.tid} could not be stopped within {STOP_TIMEOUT_S:g} s")
 
     def registers(self) -> dict[str, int]:
         values = (ctypes.c_uint64 * len(REGISTERS))()
@@ -294,34 +372,41 @@ class _Stopped:
         self._ptrace(PTRACE_GETSIGMASK, 8, ctypes.addressof(mask))
         return mask.value
 
+    def set_signal_mask(self, mask: int) -> None:
+        value = ctypes.c_uint64(mask)
+        self._ptrace(PTRACE_SETSIGMASK, 8, ctypes.addressof(value))
+
     def xstate(self) -> bytes:
         """The XSAVE area, as large as this processor's."""
         buffer = ctypes.create_string_buffer(64 << 10)
         vector = _Vector(ctypes.addressof(buffer), len(buffer))
         self._ptrace(PTRACE_GETREGSET, NT_X86_XSTATE, ctypes.addressof(vector))
-        if vector.size < XSTATE_LEAST:
-            raise InjectionRefused("the thread's floating-point state could not be read")
         return buffer.raw[: vector.size]
+
+    def set_xstate(self, state: bytes) -> None:
+        buffer = ctypes.create_string_buffer(state, len(state))
+        vector = _Vector(ctypes.addressof(buffer), len(buffer))
+        self._ptrace(PTRACE_SETREGSET, NT_X86_XSTATE, ctypes.addressof(vector))
 
     def write(self, address: int, data: bytes) -> None:
         """To the thread's own stack, where nothing stands."""
+        assert self._memory is not None
         try:
-            with open(f"/proc/{self._target.pid}/mem", "wb", buffering=0) as file:
-                written = os.pwrite(file.fileno(), data, address)
+            written = os.pwrite(self._memory, data, address)
         except OSError as error:
             raise InjectionRefused(f"the thread's stack cannot be written to: {error.strerror}") from error
         if written != len(data):
             raise InjectionRefused("the thread's stack cannot be written to")
 
     def _ptrace(self, request: int, address: int = 0, data: int = 0) -> None:
-        if _libc.ptrace(request, self._tid, address, data) == -1:
+        if _libc.ptrace(request, self.tid, address, data) == -1:
             number = ctypes.get_errno()
             if number == errno.EPERM:
                 raise InjectionRefused(
-                    f"thread {self._tid} may not be stopped: no root, or a debugger has it",
+                    f"thread {self.tid} may not be stopped: no root, or a debugger has it",
                     "end the debugger, use sudo",
                 )
-            raise InjectionRefused(f"thread {self._tid} cannot be stopped: {os.strerror(number)}")
+            raise InjectionRefused(f"thread {self.tid} cannot be stopped: {os.strerror(number)}")
 
 
 @contextmanager

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -34,6 +34,26 @@ def empty_cache(kernel_host: None, tmp_path_factory: pytest.TempPathFactory) -> 
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         yield
+
+
+_covered = pytest.StashKey[set[str]]()
+
+
+@pytest.fixture
+def covered(request: pytest.FixtureRequest, record_property: Callable[[str, object], None]) -> Callable[[str], None]:
+    """Says which states of the processor a test covered: processors differ, and so does what was shown on them."""
+
+    def note(states: str) -> None:
+        record_property("states", states)
+        request.config.stash.setdefault(_covered, set()).add(states)
+
+    return note
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """What the tests said to `covered`."""
+    for states in sorted(config.stash.get(_covered, set())):
+        terminalreporter.write_line(f"registers of a thread that a call was put into, on this processor: {states}")
 
 
 @pytest.fixture(scope="session")
