@@ -1,26 +1,33 @@
-"""Compile bpf/aio_trace.c: the only importer of bcc, in a process of its own.
+"""The probe programs, compiled by bpf/compile.py in a process of its own.
 
-Knows: bcc, and what of its outcome is worth keeping: the maps' shapes and the instructions. LLVM takes tens
-of megabytes, which end with that process. Does not know QEMU, or what is done with the programs.
+Knows: which Pythons may see bcc and how to ask them, and what of a compilation is worth keeping: the maps' shapes
+and the instructions. The child is the Python that sees bcc, which is the distribution's own, whichever runs us;
+LLVM takes tens of megabytes, which end with it. Does not know QEMU, or what is done with the programs.
 """
 
 from __future__ import annotations
 
 import base64
-import ctypes as ct
 import json
 import os
 import re
 import struct
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from importlib.util import find_spec
+from functools import cache
 from pathlib import Path
-from typing import Any
 
-BCC_MISSING = 3
+import bpf.compile
+from bpf.compile import BCC_MISSING
+
 TIMEOUT_S = 120.0
+#: Where the Python of the distribution is: on RHEL 8, bcc is for the second.
+SYSTEM_PYTHONS = ("/usr/bin/python3", "/usr/libexec/platform-python")
+#: And its others, where the first has been made another than it came with.
+SYSTEM_FOLDER = "/usr/bin"
+SEARCHED = "/usr/bin:/bin:/usr/sbin:/sbin"
 
 _LOAD_64, _MAP_FD = 0x18, 1  # BPF_LD | BPF_IMM | BPF_DW, BPF_PSEUDO_MAP_FD
 
@@ -30,7 +37,7 @@ class CompilerFailed(Exception):
 
 
 class BccNotFound(Exception):
-    """bcc cannot be imported; the text says why."""
+    """No Python here can import bcc; the text says which were asked, and why not."""
 
 
 @dataclass(frozen=True)
@@ -97,55 +104,109 @@ def _map_references(code: bytes | bytearray) -> list[int]:
     return places
 
 
+def from_child(outcome: bytes) -> Compiled:
+    """What bpf/compile.py told: a map goes by its descriptor there, and by its place in `maps` from here on.
+
+    Raises ValueError, KeyError, TypeError or AttributeError for anything else.
+    """
+    told = json.loads(outcome)
+    places = {fd: place for place, fd in enumerate(told["descriptors"])}
+    programs = {name: bytearray(base64.b64decode(code)) for name, code in told["programs"].items()}
+    for code in programs.values():
+        for place in _map_references(code):
+            (fd,) = struct.unpack_from("<i", code, place + 4)
+            struct.pack_into("<i", code, place + 4, places[fd])
+    made = Compiled(tuple(MapShape(*shape) for shape in told["maps"]), {k: bytes(v) for k, v in programs.items()})
+    return Compiled.from_bytes(made.to_bytes())
+
+
+# Which Python sees bcc
+
+
+def pythons() -> list[str]:
+    """The Pythons that may see bcc, in the order in which they are asked: ours, then the distribution's."""
+    others: list[str] = []
+    with suppress(OSError):
+        others = [name for name in os.listdir(SYSTEM_FOLDER) if re.fullmatch(r"python3\.[0-9]+", name)]
+    others.sort(key=lambda name: -int(name.split(".")[1]))
+    found: dict[str, str] = {}
+    for place in (*SYSTEM_PYTHONS, *(os.path.join(SYSTEM_FOLDER, name) for name in others)):
+        if os.access(place, os.X_OK):
+            found.setdefault(os.path.realpath(place), place)
+    # Ours may be a virtual environment's, which is a link to one of them and sees other packages.
+    return list(dict.fromkeys([*filter(None, [sys.executable]), *found.values()]))
+
+
 def bcc_version() -> str | None:
-    """The version of the bcc package that compile_apart() would use, without importing it; None if there is none."""
-    from importlib.machinery import PathFinder
-
-    try:
-        spec = PathFinder.find_spec("bcc", sys.path)
-    except (ImportError, ValueError):
-        return None
-    if spec is None or not spec.submodule_search_locations:
-        return None if spec is None else "unknown"
-    try:
-        path = os.path.join(spec.submodule_search_locations[0], "version.py")
-        with open(path, encoding="utf-8", errors="replace") as file:
-            text = file.read()
-    except OSError:
-        return "unknown"
-    found = re.search(r"""__version__\s*=\s*['"]([^'"]+)""", text)
-    return found[1] if found else "unknown"
+    """The version of the bcc that compile_apart() will try first, or "unknown"; None if no Python here has one."""
+    return next((version for version in map(_version, pythons()) if version), None)
 
 
-def bcc_problem() -> str | None:
-    """Why bcc cannot be imported, tried in a child process; None where it can."""
+def _version(python: str) -> str | None:
+    if python == sys.executable:
+        return bpf.compile.bcc_version()
+    return _version_told(python)
+
+
+@cache
+def _version_told(python: str) -> str | None:
     import subprocess
 
     try:
-        if find_spec("bcc") is None:
-            return "no module named bcc"
-    except (ImportError, ValueError) as error:
-        return str(error)
-    try:
-        status, _, complaints = _child("import bcc", b"", dict(os.environ))
-    except (OSError, subprocess.SubprocessError) as error:
-        return str(error)
-    return None if status == 0 else _last_line(complaints)
+        status, version, _ = _child(python, "version")
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return version.decode(errors="replace") if status == 0 else None
 
 
-def _child(code: str, given: bytes, environment: dict[str, str]) -> tuple[int, bytes, str]:
+def working_bcc() -> tuple[str, str]:
+    """The Python whose bcc can be imported, tried in a child process, and bcc's version.
+
+    Raises BccNotFound, and CompilerFailed where that Python dies of it.
+    """
+    python, status, _, printed = _first_with_bcc("import")
+    if status:
+        raise CompilerFailed(f"{python}: {_last_line(printed) or f'import bcc ended with status {status}'}")
+    return python, str(_version(python))
+
+
+def _first_with_bcc(task: str, given: bytes = b"", include: Path | None = None) -> tuple[str, int, bytes, str]:
+    """The first Python that can import bcc, and what came of the task there. Raises BccNotFound, CompilerFailed."""
+    import subprocess
+
+    without, broken = [], []
+    for python in pythons():
+        if _version(python) is None:
+            without.append(python)
+            continue
+        try:
+            status, outcome, printed = _child(python, task, given, include)
+        except (OSError, subprocess.SubprocessError) as error:
+            raise CompilerFailed(f"the compiler could not be run: {error}") from error
+        if status != BCC_MISSING:
+            return python, status, outcome, printed
+        broken.append(f"{python}: {_last_line(printed)}")
+    raise BccNotFound("; ".join(broken) or f"no module named bcc for {', '.join(without) or 'any Python'}")
+
+
+def _child(python: str, task: str, given: bytes = b"", include: Path | None = None) -> tuple[int, bytes, str]:
     """Status, output and complaints. Raises OSError or SubprocessError."""
     import subprocess
 
+    # bcc and clang listen to many variables (ARCH, CPATH, ...), none of which is to decide what becomes of it.
+    environment = {"PATH": SEARCHED, "LC_ALL": "C"}
+    if include is not None:
+        environment["BCC_KERNEL_SOURCE"] = str(include)
     done = subprocess.run(
-        [sys.executable, "-c", f"import sys; sys.path[:] = {sys.path!r}; {code}"],
+        [python, "-I", bpf.compile.__file__, task],
         input=given,
         capture_output=True,
         env=environment,
         timeout=TIMEOUT_S,
         check=False,
+        cwd="/",
         # The interruption of a terminal is for us; we wait for the little that is left.
-        process_group=0,
+        start_new_session=True,
     )
     return done.returncode, done.stdout, done.stderr.decode(errors="replace")
 
@@ -155,21 +216,11 @@ def compile_apart(source: Path, include: Path, flags: Sequence[str], programs: S
 
     Raises BccNotFound, or CompilerFailed with the output as its note.
     """
-    import subprocess
-
-    job = json.dumps({"source": str(source), "flags": list(flags), "programs": list(programs)})
-    environment = {**os.environ, "BCC_KERNEL_SOURCE": str(include)}
-    # What kernel developers build for is not what this machine is, but BCC would believe it.
-    environment.pop("ARCH", None)
+    job = json.dumps({"source": str(source.absolute()), "flags": list(flags), "programs": list(programs)})
+    _, status, outcome, printed = _first_with_bcc("compile", job.encode(), include)
     try:
-        status, outcome, printed = _child("from tracer.compiler import main; main()", job.encode(), environment)
-    except (OSError, subprocess.SubprocessError) as error:
-        raise CompilerFailed(f"the compiler could not be run: {error}") from error
-    if status == BCC_MISSING:
-        raise BccNotFound(_last_line(printed))
-    try:
-        return Compiled.from_bytes(outcome), printed
-    except (ValueError, KeyError, TypeError):
+        return from_child(outcome), printed
+    except (ValueError, KeyError, TypeError, AttributeError):
         failed = CompilerFailed(_last_line(printed) or f"the compiler ended with status {status}")
         failed.add_note(printed)
         raise failed from None
@@ -180,53 +231,3 @@ def _last_line(text: str) -> str:
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     errors = [line for line in lines if "error" in line.lower()]
     return (errors or lines[-1:] or [""])[0]
-
-
-def main() -> None:
-    """The child: a job on standard input, the outcome on standard output."""
-    out = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)
-    job = json.loads(sys.stdin.buffer.read())
-    try:
-        import bcc
-    except (ImportError, OSError) as error:
-        print(error, file=sys.stderr)
-        sys.exit(BCC_MISSING)
-    try:
-        module = bcc.BPF(src_file=job["source"].encode(), cflags=job["flags"])
-    except Exception as error:  # bcc raises bare Exception
-        print(error, file=sys.stderr)
-        sys.exit(1)
-    out.write(_outcome(bcc.libbcc.lib, module.module, job["programs"]).to_bytes())
-    out.flush()
-    # The module's own clean-up at the end is of no use to a process that ends.
-    os._exit(0)
-
-
-def _outcome(library: Any, module: Any, programs: Sequence[str]) -> Compiled:
-    library.bpf_table_name.restype = ct.c_char_p
-    for name in ("name", "fd_id", "type_id", "key_size_id", "leaf_size_id", "max_entries_id", "flags_id"):
-        getattr(library, f"bpf_table_{name}").argtypes = [ct.c_void_p, ct.c_size_t]
-    shapes, fds = [], {}
-    for number in range(library.bpf_num_tables(module)):
-        fds[library.bpf_table_fd_id(module, number)] = number
-        shapes.append(
-            MapShape(
-                library.bpf_table_name(module, number).decode(),
-                library.bpf_table_type_id(module, number),
-                library.bpf_table_key_size_id(module, number),
-                library.bpf_table_leaf_size_id(module, number),
-                library.bpf_table_max_entries_id(module, number),
-                library.bpf_table_flags_id(module, number),
-            )
-        )
-    return Compiled(tuple(shapes), {name: _code(library, module, name, fds) for name in programs})
-
-
-def _code(library: Any, module: Any, name: str, fds: Mapping[int, int]) -> bytes:
-    start = library.bpf_function_start(module, name.encode())
-    code = bytearray(ct.string_at(start, library.bpf_function_size(module, name.encode())))
-    for place in _map_references(code):
-        (fd,) = struct.unpack_from("<i", code, place + 4)
-        struct.pack_into("<i", code, place + 4, fds[fd])
-    return bytes(code)

@@ -14,7 +14,7 @@ import re
 import shutil
 
 from tracer import probes
-from tracer.compiler import bcc_problem, bcc_version
+from tracer.compiler import BccNotFound, CompilerFailed, working_bcc
 from tracer.events import HostNeed
 from tracer.kernel import UPROBE_PMU
 
@@ -83,11 +83,12 @@ def _try_bpf(number: int) -> int:
 
 
 def _bcc() -> HostNeed:
-    problem = bcc_problem()
-    if problem is not None:
+    try:
+        python, version = working_bcc()
+    except (BccNotFound, CompilerFailed) as problem:
         packages = "python3-bpfcc (Debian), python3-bcc (RHEL)"
         return HostNeed("bcc", False, f"install {packages}; {problem}")
-    return HostNeed("bcc", True, f"version {bcc_version()}")
+    return HostNeed("bcc", True, f"version {version}, seen by {python}")
 
 
 def _program(name: str, debian: str, rhel: str, use: str) -> HostNeed:

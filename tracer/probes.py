@@ -258,7 +258,7 @@ class Programs:
                 self.log += printed
             except BccNotFound as missing:
                 raise BccMissing(
-                    f"Python's bcc package cannot be imported by {sys.executable} ({missing})",
+                    f"no Python here can import the bcc package ({missing})",
                     "apt-get install python3-bpfcc    # Debian, Ubuntu;  RHEL, Fedora: dnf install python3-bcc",
                 ) from missing
             except CompilerFailed as failed:

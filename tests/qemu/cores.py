@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Any
@@ -27,16 +26,15 @@ SAME_OF_A_REQUEST = ("request", "pool", "context", "kind", "offset", "bytes", "s
 SAME_OF_A_REQUEST += ("func", "callback", "opaque", "coroutine", "coroutine_entry")
 
 
-def run(*arguments: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+def run(*arguments: str, prefix: Sequence[str] = ()) -> subprocess.CompletedProcess[str]:
     """`aio-trace inspect`, as a user types it."""
-    command = [sys.executable, str(ROOT / "cli.py"), "inspect", *arguments]
-    environment = os.environ | (env or {})
-    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, env=environment)
+    command = [*prefix, sys.executable, str(ROOT / "cli.py"), "inspect", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
 
 
-def inspect(*arguments: str, env: dict[str, str] | None = None) -> Json:
+def inspect(*arguments: str, prefix: Sequence[str] = ()) -> Json:
     """The object that `inspect --json` prints, with its exit status as `status`."""
-    done = run(*arguments, "--json", env=env)
+    done = run(*arguments, "--json", prefix=prefix)
     assert done.stdout, done.stderr
     assert "Traceback" not in done.stderr, done.stderr
     (line,) = done.stdout.splitlines()

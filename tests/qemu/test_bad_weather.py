@@ -19,6 +19,7 @@ import sys
 import termios
 import threading
 import time
+import venv
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -29,8 +30,9 @@ from typing import Any
 import pytest
 
 from tests.conftest import require
-from tests.qemu.tracing import Trace, traced
+from tests.qemu.tracing import Trace, traced, without_bcc
 from tracer.build import read_build
+from tracer.compiler import working_bcc
 from tracer.elf import Image
 from tracer.lab import faults
 from tracer.lab.process import continue_process, peek, stop_process
@@ -274,16 +276,39 @@ def test_a_kernel_without_uprobes(qemu: Qemu) -> None:
 
 @pytest.mark.parametrize("failure", ["raise ImportError('no bcc here')", "raise OSError('libbcc.so.0: no such file')"])
 def test_bcc_is_missing(qemu: Qemu, tmp_path: Path, failure: str) -> None:
-    """The package of each family of distributions is named, and the interpreter that lacks it."""
-    (tmp_path / "bcc.py").write_text(failure)
-    done = run("--pid", str(qemu.pid), env={**os.environ, "PYTHONPATH": str(tmp_path)})
-    assert_told(done, f"bcc package cannot be imported by {re.escape(sys.executable)}", "python3-bpfcc.*python3-bcc")
+    """The package of each family of distributions is named, and the interpreters that lack it; `check` agrees."""
+    prefix = without_bcc(tmp_path, failure)
+    reason = re.escape(f"{working_bcc()[0]}: {failure.split(chr(39))[1]}")
+    done = run("--pid", str(qemu.pid), prefix=prefix)
+    assert_told(done, rf"can import the bcc package \(.*{reason}", "python3-bpfcc.*python3-bcc")
+    checked = run("check", "--pid", str(qemu.pid), "--json", prefix=prefix)
+    (need,) = (need for need in events_of(checked.stdout)[0]["host"] if need["need"] == "bcc")
+    assert not need["ok"]
+    assert re.search(f"python3-bpfcc.*{reason}", need["detail"])
+
+
+def test_bcc_of_another_python(qemu: Qemu, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A Python that sees nothing of the host's runs us; the one that sees bcc compiles, and `check` asks the same."""
+    venv.create(tmp_path / "apart", symlinks=True)
+    ours = [str(ROOT), *(place for place in sys.path if place and not Path(place, "bcc").exists())]
+    code = f"import sys; sys.path[:0] = {ours!r}; from cli import main; main()"
+    apart = [str(tmp_path / "apart/bin/python"), "-I", "-c", code]
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    checked = subprocess.run([*apart, "check", "--pid", str(qemu.pid), "--json"], capture_output=True, check=False)
+    (need,) = (need for need in events_of(checked.stdout.decode())[0]["host"] if need["need"] == "bcc")
+    assert need["ok"]
+    assert "/usr/" in need["detail"]
+    with Trace.of([*apart, "--pid", str(qemu.pid), "--json"]) as trace:
+        trace.expect("attached")
+        for _ in range(23):
+            qemu.request("d0", "write")
+        assert trace.finish() == 0
+    assert trace.summary["requests"]["completed"] == 23
 
 
 def test_bcc_is_not_needed_without_probes(qemu: Qemu, tmp_path: Path) -> None:
-    (tmp_path / "bcc.py").write_text("raise ImportError('no bcc here')")
-    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
-    done = run("--pid", str(qemu.pid), "--probes", "none", "--duration", "100ms", "--json", env=environment)
+    prefix = without_bcc(tmp_path)
+    done = run("--pid", str(qemu.pid), "--probes", "none", "--duration", "100ms", "--json", prefix=prefix)
     assert (done.returncode, [event["event"] for event in events_of(done.stdout)]) == (0, ["attached", "summary"])
 
 

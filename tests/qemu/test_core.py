@@ -18,6 +18,7 @@ import pytest
 
 from tests.conftest import require
 from tests.qemu.cores import HANGS, Json, agree, core_agrees, inspect, main_functions, run
+from tests.qemu.tracing import without_bcc
 from tracer.build import Build, build_of
 from tracer.core import CoreView
 from tracer.errors import AioTraceError
@@ -132,17 +133,11 @@ def test_what_is_saved_is_small_and_tells_the_same(tmp_path: Path) -> None:
     assert path.stat().st_size < 64 * MIB
     live: Json = json.loads(done.stdout)
     assert json.loads(Path(f"{path}.json").read_text()) == live
-    found = inspect("--core", str(path), env=_without_bcc(tmp_path))
+    found = inspect("--core", str(path), prefix=without_bcc(tmp_path))
     agree(live | {"status": 3}, found)
     (request,) = (request for pool in found["pools"] for request in pool["requests"])
     assert (request["kind"], request["file"]) == ("flush", str(qemu.folder / "d0.img"))
     assert [t["name"] for t in found["threads"]] == [t["name"] for t in live["threads"]]
-
-
-def _without_bcc(folder: Path) -> dict[str, str]:
-    """An environment in which bcc cannot be imported."""
-    (folder / "bcc.py").write_text("raise ImportError('not here')\n")
-    return {"PYTHONPATH": str(folder)}
 
 
 def test_held_storage_is_saved_without_waiting_for_it(tmp_path: Path) -> None:

@@ -15,10 +15,23 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from tracer.compiler import working_bcc
+
 ROOT = Path(__file__).resolve().parents[2]
 PATIENCE_S = 60.0
 
 Json = dict[str, Any]
+
+
+def without_bcc(folder: Path, failure: str = "raise ImportError('no bcc here')") -> list[str]:
+    """What goes before a command that is to find a broken bcc in every Python of this host."""
+    python, _ = working_bcc()
+    where = [python, "-I", "-c", "import bcc; print(bcc.__path__[0])"]
+    place = subprocess.run(where, check=True, capture_output=True, text=True).stdout.strip()
+    broken = folder / "broken"
+    broken.mkdir(mode=0o755)
+    (broken / "__init__.py").write_text(failure)
+    return ["unshare", "--mount", "sh", "-c", f'mount --bind {broken} {place}; exec "$@"', "sh"]
 
 
 class Trace:

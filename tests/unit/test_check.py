@@ -26,7 +26,10 @@ FIELDS = {
     *("event", "time", "exe", "version", "build_id", "known_bugs", "barrier_fixed", "sites", "layout"),
     *("attempts", "host", "ready"),
 }
-WITHOUT_BCC = "import sys; sys.modules['bcc'] = None; sys.path.insert(0, {root!r}); import cli; cli.main()"
+WITHOUT_BCC = (
+    "import sys; sys.path.insert(0, {root!r}); import cli; "
+    "from tracer import compiler; compiler.pythons = list; cli.main()"
+)
 
 
 def check(*arguments: str, wrapper: tuple[str, ...] = (), code: str | None = None) -> subprocess.CompletedProcess[str]:

@@ -55,7 +55,7 @@ STAGES: tuple[tuple[str, ...], ...] = (
 
 # Libraries that are known in few places: where, and in how many modules at most.
 HOMES: Mapping[str, tuple[tuple[str, ...], int]] = {
-    "bcc": (("tracer.compiler",), 1),
+    "bcc": (("bpf.compile",), 1),
     "click": (("cli",), 1),
     "tabulate": (("tracer.report", "tracer.report.*"), 1),
     "capstone": (("tracer.sites.x86", "tracer.sites.a64"), 2),
