@@ -45,6 +45,7 @@ from tracer.text import printable, printable_lines  # noqa: E402
 if TYPE_CHECKING:
     from tracer.freeing import Told, Ways
     from tracer.live import LiveView
+    from tracer.own import LeftOut
     from tracer.qmp import Monitor
     from tracer.session import Stop
     from tracer.target import Target
@@ -511,10 +512,24 @@ def _save(view: LiveView, found: Diagnosis, path: str, progress: Callable[[str],
     report = f"{path}.json"
     saved = save(view, path)
     save_report(saved, report, json_line(diagnosis_json(found)) + "\n")
-    progress(f"saved {path} ({saved.size / (1 << 20):.1f} MiB, no guest RAM) and {report}")
+    progress(f"saved {path} ({saved.stored / (1 << 20):.1f} MiB on disk) and {report}")
+    progress(_what_is_inside(saved.left_out))
     progress(f"the process stood still for {saved.stopped_s * 1e3:.1f} ms while its registers were taken")
     if saved.partial:
         progress(f"{saved.partial} of {saved.threads} threads sleep in the kernel and were not stopped")
+
+
+def _what_is_inside(left_out: LeftOut) -> str:
+    """What whoever sends it away must know."""
+    guest, buffers, unproved = (size / (1 << 20) for size in (left_out.guest, left_out.buffers, left_out.unproved))
+    kept = "it holds QEMU's own data, heap and stacks, and with them its command line, the registers of the guest's\n"
+    kept += "processors and what small requests carry; "
+    if left_out.marked:
+        return (
+            f"{kept}left out: {guest:.0f} MiB of guest RAM, video memory and ROMs, {buffers:.1f} MiB of large buffers"
+        )
+    why = "nothing is marked as the guest's here"
+    return f"{kept}left out, as not proved to be QEMU's own: {unproved + buffers:.1f} MiB ({why})"
 
 
 def _inspect_core(core: str, exe: str | None) -> Diagnosis:

@@ -1,10 +1,10 @@
 """Evidence to send away: a core file without guest RAM, small enough to mail.
 
-Knows: how to write an ELF core that gdb, drgn and tracer/core read, and what of a QEMU is worth it: its
-data, heap, thread stacks; of mapped files their first pages (build ids) and what was written to; of guest
-RAM nothing. Beside what cores hold there is a note with what /proc knew: names of threads, open files,
-eventfds. Memory is read first, since stopping a process can wake one of its loops; then it stands still
-while registers and the upper ends of the stacks are taken. Does not know QEMU's structures.
+Knows: how to write an ELF core that gdb, drgn and tracer/core read, and what of a QEMU is worth it (tracer/own
+tells what is its own): its data, heap, thread stacks; of mapped files their first pages (build ids) and what
+was written to. Pages of zeros are holes. Beside what cores hold there is a note with what /proc knew: names of
+threads, open files, eventfds. Memory is read first, since stopping a process can wake one of its loops; then it
+stands still while registers and the upper ends of the stacks are taken. Does not know QEMU's structures.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import time
 from array import array
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
+from dataclasses import replace
 
 from tracer import __version__
 from tracer.corefile import (
@@ -42,7 +43,8 @@ from tracer.corefile import (
 )
 from tracer.errors import FaultError, HostError, NotPermitted, pasted
 from tracer.live import LiveView
-from tracer.memory import CHUNK, LARGEST_ARENA, PAGE, PAGE_PRESENT_OR_SWAPPED
+from tracer.memory import CHUNK, PAGE, PAGE_PRESENT_OR_SWAPPED
+from tracer.own import LeftOut, Own
 from tracer.records import dataclass
 from tracer.registers import NT_PRFPREG, ThreadRegisters, take_registers
 from tracer.target import Region, ended
@@ -56,15 +58,19 @@ STACK_TOP, RED_ZONE = 32 << 10, 128
 SPARE_THREADS = 64
 _NOTE_SIZE = PRSTATUS_SIZE + 512 + 2 * 20
 MAX_LOADS = 60000
-_MEMORY_FILES = re.compile(r"/memfd:|/dev/shm/|/dev/hugepages|/anon_hugepage|/dev/zero")
+#: What is left free where the core is written, and how often that is looked at (bytes).
+RESERVE, LOOK_EVERY = 32 << 20, 16 << 20
+_ZEROS = bytes(PAGE)
 
 
 @dataclass(frozen=True)
 class Saved:
-    """What was written, in bytes, and how long the process stood still."""
+    """What was written, in bytes (`stored` without holes), what was not, and how long the process stood still."""
 
     path: str
     size: int
+    stored: int
+    left_out: LeftOut
     threads: int
     partial: int  # threads that could not be stopped
     stopped_s: float
@@ -114,14 +120,15 @@ def _there_already(path: str) -> HostError:
 
 def _save(view: LiveView, path: str) -> Saved:
     regions = view.regions()
-    parts = list(_parts(view.pid, regions))
+    own = Own(view, regions)
+    parts = list(_parts(view.pid, regions, own))
     facts = _facts(view)
     threads = len(view.threads()) + SPARE_THREADS  # with a little for the facts, which grow by a mark
     fixed = _fixed_notes(view, regions)
     notes_at = 64 + 56 * (len(parts) + 1)
     data_at = notes_at + sum(map(len, fixed)) + threads * _NOTE_SIZE + len(facts) + PAGE & -PAGE
     size = _lay_out(parts, data_at)
-    with _New(path, size) as file:
+    with _New(path) as file:
         _write_memory(view, parts, file)
         taken = take_registers(view.target, lambda found: list(_stack_tops(view, regions, found)))
         for address, data in taken.read:
@@ -132,15 +139,15 @@ def _save(view: LiveView, path: str) -> Saved:
             raise HostError(f"process {view.pid} starts threads faster than they can be saved", "try again")
         file.write(notes_at, notes)
         file.write(0, _headers(parts, notes_at, len(notes)))
-        file.finish(size)
+        stored = file.finish(size)
     partial = sum(thread.partial for thread in taken.threads)
-    return Saved(path, size, len(taken.threads), partial, taken.stopped_s)
+    return Saved(path, size, stored, own.left_out, len(taken.threads), partial, taken.stopped_s)
 
 
 def save_report(saved: Saved, path: str, text: str) -> None:
     """The report beside the core; without it the core is removed again."""
     try:
-        with _New(path, len(text)) as file:
+        with _New(path) as file:
             file.write(0, text.encode())
             file.finish(len(text.encode()))
     except BaseException:
@@ -152,30 +159,24 @@ def save_report(saved: Saved, path: str, text: str) -> None:
 # What is worth it.
 
 
-def _parts(pid: int, regions: Sequence[Region]) -> Iterator[_Part]:
+def _parts(pid: int, regions: Sequence[Region], own: Own) -> Iterator[_Part]:
     pagemap = os.open(f"/proc/{pid}/pagemap", os.O_RDONLY | os.O_CLOEXEC)
     count = 0
     try:
         for region in regions:
             if region.start >= 1 << 47:
                 continue  # [vsyscall]
-            parts = list(_parts_of(pagemap, region)) if count < MAX_LOADS else [_part(region, False)]
+            ranges = own.ranges(region) if count < MAX_LOADS else ()
+            parts = list(_parts_of(pagemap, region, ranges))
             count += len(parts)
             yield from parts
     finally:
         os.close(pagemap)
 
 
-def _parts_of(pagemap: int, region: Region) -> Iterator[_Part]:
-    if not _worth(region):
-        yield _part(region, False)
-        return
-    private_file = bool(region.inode) and "w" in region.permissions
-    if private_file or region.path == "[vdso]":
-        yield _part(region, True)
-        return
+def _parts_of(pagemap: int, region: Region, ranges: Sequence[tuple[int, int]]) -> Iterator[_Part]:
     at = region.start
-    for start, end in _runs(pagemap, region):
+    for start, end in _wanted(pagemap, region, ranges):
         if at < start:
             yield _part(region, False, at, start)
         yield _part(region, True, start, end)
@@ -184,23 +185,17 @@ def _parts_of(pagemap: int, region: Region) -> Iterator[_Part]:
         yield _part(region, False, at, region.end)
 
 
+def _wanted(pagemap: int, region: Region, ranges: Sequence[tuple[int, int]]) -> Iterator[tuple[int, int]]:
+    whole = region.path == "[vdso]" or (region.inode and "w" in region.permissions)
+    for start, end in ranges:
+        part = replace(region, start=start, end=end, offset=region.offset + start - region.start)
+        yield from [(start, end)] if whole else _runs(pagemap, part)
+
+
 def _part(region: Region, wanted: bool, start: int = 0, end: int = 0) -> _Part:
     letters = (("r", PF_R), ("w", PF_W), ("x", PF_X))
     flags = sum(bit for letter, bit in letters if letter in region.permissions)
     return _Part(start or region.start, end or region.end, flags, not region.inode, wanted)
-
-
-def _worth(region: Region) -> bool:
-    """Whether anything of a mapping is saved. Guest RAM is large, shared, or of a file in memory."""
-    if "r" not in region.permissions or "s" in region.permissions or region.path.startswith(("[vvar", "[vsyscall")):
-        return False
-    if region.path in ("[heap]", "[stack]", "[vdso]"):
-        return True
-    if _MEMORY_FILES.match(region.path):
-        return False
-    if not region.inode and "x" in region.permissions:
-        return False  # translated guest code
-    return region.size <= LARGEST_ARENA
 
 
 def _runs(pagemap: int, region: Region) -> Iterator[tuple[int, int]]:
@@ -241,22 +236,24 @@ def _lay_out(parts: list[_Part], at: int) -> int:
 class _New:
     """A new file that is removed again unless `finish` is reached; errors bear its name."""
 
-    def __init__(self, path: str, size: int) -> None:
+    def __init__(self, path: str) -> None:
         self._path = path
         self._finished = False
-        room = self._room()
-        if room is not None and room < size:
+        self._unlooked = LOOK_EVERY
+
+    def _check_room(self, size: int) -> None:
+        """HostError rather than a full disk: others may need it, such as the guests' images."""
+        self._unlooked += size
+        if self._unlooked < LOOK_EVERY:
+            return
+        self._unlooked = 0
+        found = os.statvfs(self._fd)
+        room = found.f_bavail * found.f_frsize
+        if room < RESERVE + LOOK_EVERY:
             raise HostError(
-                f"{path} needs {size / (1 << 20):.0f} MiB, but only {room / (1 << 20):.0f} MiB are free there",
+                f"{self._path} is not written: {room >> 20} MiB are free there, and {RESERVE >> 20} MiB must remain",
                 f"df -h {self._folder}",
             )
-
-    def _room(self) -> int | None:
-        try:
-            found = os.statvfs(os.path.dirname(os.path.abspath(self._path)))
-        except OSError:
-            return None
-        return found.f_bavail * found.f_frsize
 
     def __enter__(self) -> _New:
         try:
@@ -278,20 +275,37 @@ class _New:
         """All of `data` at `offset`, or HostError."""
         view = memoryview(data)
         try:
+            self._check_room(len(data))
             while view:
                 done = os.pwrite(self._fd, view, offset)
                 view, offset = view[done:], offset + done
         except OSError as error:
             raise self._not_written(error) from error
 
-    def finish(self, size: int) -> None:
-        """The file is whole."""
+    def write_pages(self, offset: int, data: bytes) -> None:
+        """As write(), but pages of zeros stay holes, which read as zeros."""
+        start = -1
+        for at in range(0, len(data), PAGE):
+            page = data[at : at + PAGE]
+            empty = page == _ZEROS[: len(page)]
+            if empty and start >= 0:
+                self.write(offset + start, data[start:at])
+                start = -1
+            elif not empty and start < 0:
+                start = at
+        if start >= 0:
+            self.write(offset + start, data[start:])
+
+    def finish(self, size: int) -> int:
+        """The file is whole; how much of it is on the disk, in bytes."""
         try:
             os.ftruncate(self._fd, size)
             os.fsync(self._fd)
+            stored = os.fstat(self._fd).st_blocks * 512
         except OSError as error:
             raise self._not_written(error) from error
         self._finished = True
+        return stored
 
     def _not_written(self, error: OSError) -> HostError:
         look = "df -h" if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) else "ls -ld"
@@ -313,7 +327,7 @@ def _write_memory(view: LiveView, parts: list[_Part], file: _New) -> None:
                 data = view.memory.read(address, min(CHUNK, part.end - address))
             except FaultError:
                 break
-            file.write(part.offset + address - part.start, data)
+            file.write_pages(part.offset + address - part.start, data)
             part.present = address + len(data) - part.start
     if not any(part.present for part in parts):
         raise ended(view.pid)

@@ -19,6 +19,7 @@ from tests.matrix.roots import Release
 from tests.qemu.causing import DEADLINES, DONE_FAULTS, QUEUE_FAULTS, Fault, Said, repeat
 from tests.qemu.cores import HANGS, core_agrees
 from tests.qemu.nudging import by_force, by_monitor, free_a_guest
+from tests.qemu.secrets import MIB, VIDEO_MIB, filled, nothing_is_saved
 from tests.qemu.tracing import traced
 from tracer.errors import LabError
 from tracer.lab import causes, faults
@@ -123,3 +124,9 @@ def test_a_guest_goes_on_and_loses_nothing(root: Path, release: Release, loop: s
     with TemporaryDirectory(dir=root / "tmp", prefix="aio-trace-") as folder:
         iothread = "io0" if loop == "iothread" else None
         free_a_guest(Path(folder), image_format, iothread, ways, ROUNDS, root)
+
+
+def test_guest_memory_is_not_saved(root: Path, tmp_path: Path) -> None:
+    """Also of a small guest; and what is saved tells the same."""
+    with filled(64, root) as qemu:
+        nothing_is_saved(qemu, tmp_path / "core", (64 - 3 + VIDEO_MIB) * MIB, root / "usr/bin" / SYSTEM)

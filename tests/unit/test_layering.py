@@ -30,6 +30,7 @@ STAGES: tuple[tuple[str, ...], ...] = (
     ("tracer.view",),
     ("tracer.unwind", "tracer.corefile"),
     ("tracer.live", "tracer.core", "tracer.registers"),
+    ("tracer.own",),
     ("tracer.pools",),
     ("tracer.home", "tracer.posix_aio", "tracer.coroutine", "tracer.build"),
     ("tracer.probes", "tracer.verdict", "tracer.kept"),
