@@ -37,7 +37,6 @@ from tracer.errors import (  # noqa: E402
     EXIT_USAGE,
     AioTraceError,
     HostError,
-    NoSuchProcess,
 )
 from tracer.events import Diagnosis, Event, Failure  # noqa: E402
 from tracer.text import printable, printable_lines  # noqa: E402
@@ -322,7 +321,9 @@ def _trace(pids: Sequence[int], everything: bool, options: Any, as_json: bool, v
     session = Session(chosen, options, _checked(write), stop, streams.progress, streams.out_fd)
     try:
         if not chosen:
-            raise NoSuchProcess("no QEMU was found on this host", "sudo aio-trace --all")
+            from tracer.target import no_qemu
+
+            raise no_qemu()
         session.run(STARTED)
     except BrokenPipeError:
         # Nobody reads any more: everything is detached by now, and there is nobody to tell.
@@ -587,10 +588,11 @@ def demo(drain: bool, verbose: bool) -> int:
 @click.option("--exe", metavar="FILE", help="A QEMU's executable; needs no root.")
 @click.option("--locate", metavar="NAME", help="Try only this way to find the probe sites.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on standard output.")
-def check(pid: int | None, exe: str | None, locate: str | None, as_json: bool) -> int:
+@click.option("-v", "--verbose", is_flag=True, help="Also what the kernel, its verifier and the compiler say.")
+def check(pid: int | None, exe: str | None, locate: str | None, as_json: bool, verbose: bool) -> int:
     """Say what would be attached and why, what this build is, and what this host lacks.
 
-    Attaches nothing and reads files only.
+    Attaches nothing to the process and reads files only; what is tried is tried on aio-trace itself.
     """
     if (pid is None) == (exe is None):
         raise click.UsageError("What is to be checked? Give either --pid PID or --exe FILE.")
@@ -599,7 +601,7 @@ def check(pid: int | None, exe: str | None, locate: str | None, as_json: bool) -
 
     streams = Streams()
     signal.signal(signal.SIGPIPE, signal.SIG_IGN)
-    writer = JsonWriter(streams.out) if as_json else TableWriter(streams.out, streams.progress)
+    writer = JsonWriter(streams.out) if as_json else TableWriter(streams.out, streams.progress, verbose=verbose)
     try:
         findings = check_file(str(exe), locate) if pid is None else check_process(pid, locate, _retyped(pid))
         _checked(writer.write)(findings.event)
@@ -608,7 +610,7 @@ def check(pid: int | None, exe: str | None, locate: str | None, as_json: bool) -
     except BrokenPipeError:
         pass
     except AioTraceError as error:
-        _report(error, streams, as_json, pid)
+        _report(error, streams, as_json, pid, verbose)
         return error.status
     _close_quietly(streams.out)
     return EXIT_OK

@@ -1,7 +1,7 @@
 """What would be attached to a QEMU, and why; what its build is; what this host lacks.
 
-Knows: how to put that together from files alone. Attaches nothing, stops nothing and reads no memory
-of the process. Does not know formats.
+Knows: how to put that together. Attaches nothing to the process, stops nothing and reads none of its memory: what
+is tried is tried on aio-trace itself. Does not know formats.
 """
 
 from __future__ import annotations
@@ -10,13 +10,14 @@ import os
 import stat
 import time
 from collections.abc import Callable
+from dataclasses import replace
 
 from tracer.build import debug_place
 from tracer.debug_files import Place
 from tracer.elf import Image
 from tracer.errors import AioTraceError, ImageError, NotQemu, folder_hint, pasted
 from tracer.events import Checked, HostNeed
-from tracer.host import host_needs
+from tracer.host import host_needs, programs_need
 from tracer.known_bugs import bug_notes
 from tracer.memory import LiveMemory
 from tracer.records import dataclass
@@ -86,7 +87,7 @@ def _check(
             raise NotQemu(f"{name} is no QEMU: it has neither a QEMU version nor a thread pool")
         version, build_id, machine = image.qemu_version(), image.build_id, image.machine
         located, attempts, failure = _locate(image, only, place)
-    host = (*host_needs(), *needs)
+    host = (*_host(located, version, machine, any(need.ok for need in needs)), *needs)
     barriers = located.barrier_fixed if located else None
     event = Checked(
         time.time(),
@@ -105,6 +106,16 @@ def _check(
         notes_on(exe, pid, version, located),
     )
     return Findings(event, failure)
+
+
+def _host(located: Located | None, version: str | None, machine: str, looked_at: bool) -> tuple[HostNeed, ...]:
+    """What the host has, and the programs for this build, which need no bcc where they are kept from before."""
+    needs = host_needs(looked_at)
+    if located is None:
+        return needs
+    programs = programs_need(located.sites_of(*SITE_NAMES), located.layout.element, version, machine, needs)
+    kept = [replace(n, required=False) if programs.ok and n.need == "bcc" and not n.ok else n for n in needs]
+    return (*kept, programs)
 
 
 def _open(path: str, exe: str) -> Image:
@@ -156,9 +167,13 @@ def notes_on(exe: str, pid: int | None, version: str | None, located: Located | 
 
 
 def _memory_need(target: Target) -> HostNeed:
-    """Whether the process's memory may be opened; it is not read."""
+    """Whether the process's memory, and the files of /proc that are its owner's, may be opened; nothing is read."""
     try:
         LiveMemory(target).close()
+        for name in ("auxv", "pagemap", f"task/{target.pid}/syscall"):
+            os.close(os.open(f"/proc/{target.pid}/{name}", os.O_RDONLY | os.O_CLOEXEC))
     except AioTraceError as error:
         return HostNeed("target memory", False, error.message)
+    except OSError as error:
+        return HostNeed("target memory", False, f"{error.filename} cannot be opened: {error.strerror}")
     return HostNeed("target memory", True, f"/proc/{target.pid}/mem may be read")

@@ -89,7 +89,7 @@ class NotPermitted(HostError):
 
 
 class NoUprobes(HostError):
-    """The kernel has no uprobes."""
+    """The kernel has no uprobes, or /sys does not show them."""
 
 
 class BccMissing(HostError):

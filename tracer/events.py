@@ -177,12 +177,17 @@ class Failure(Event):
 
 @dataclass(frozen=True)
 class HostNeed:
-    """One thing the host must have (or, not `required`, had better have); `detail` says how to get it."""
+    """One thing the host must have (or, not `required`, had better have); `detail` says how to get it.
+
+    `ok` None: it could not be proved here, and `detail` says why. `words`: what the kernel, its verifier or the
+    compiler said, in full, line by line.
+    """
 
     need: str
-    ok: bool
+    ok: bool | None
     detail: str
     required: bool = True
+    words: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -7,13 +7,17 @@ touched. Does not know what is made of the figure.
 from __future__ import annotations
 
 import ctypes as ct
+import errno
 import mmap
 import os
 import platform
 import struct
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from tracer import kernel
+from tracer.records import dataclass
 
 ROUNDS, CALLS = 5, 400
 #: What our programs do at a hit, over an empty one (docs/cost.md), and a hit where it cannot be measured; ns.
@@ -34,32 +38,44 @@ _CODE = {
 _RETURN_0 = struct.pack("<BBhiBBhi", 0xB7, 0, 0, 0, 0x95, 0, 0, 0)
 
 
+@dataclass(frozen=True)
+class OwnCode:
+    """Code of ours in a file in memory: its path, where probes can be, and the loop that passes them."""
+
+    path: str
+    emulated: int  # offset in the file of an instruction that the kernel emulates
+    stepped: int  # and of one over which it steps
+    loop: Callable[[int], int]  # passes both so many times
+
+
+@contextmanager
+def own_code() -> Iterator[OwnCode]:
+    """It is there for the time of the block. Raises OSError, also on a machine for which there is none."""
+    if platform.machine() not in _CODE:
+        raise OSError(errno.ENOSYS, f"there is no code for {platform.machine()}")
+    code, emulated, stepped = _CODE[platform.machine()]
+    file = os.memfd_create("aio-trace")
+    try:
+        os.write(file, code)
+        with mmap.mmap(file, len(code), mmap.MAP_PRIVATE, mmap.PROT_READ | mmap.PROT_EXEC):
+            loop = ct.CFUNCTYPE(ct.c_long, ct.c_int)(_address_of(file))
+            yield OwnCode(f"/proc/self/fd/{file}", emulated, stepped, loop)
+    finally:
+        os.close(file)
+
+
 def measure(cheap: bool = True) -> float | None:
     """ns of CPU time that an empty probe adds; None where that cannot be measured. Takes some 50 ms.
 
     `cheap`: on an instruction that the kernel emulates.
     """
     try:
-        code, emulated, stepped = _CODE[platform.machine()]
-        return _measured(code, emulated if cheap else stepped)
-    except (OSError, KeyError, ValueError, AttributeError):
-        return None
-
-
-def _measured(code: bytes, site: int) -> float:
-    file = os.memfd_create("aio-trace")
-    try:
-        os.write(file, code)
-        with mmap.mmap(file, len(code), mmap.MAP_PRIVATE, mmap.PROT_READ | mmap.PROT_EXEC) as area:
-            address = _address_of(file)
-            loop = ct.CFUNCTYPE(ct.c_long, ct.c_int)(address)
-            before = _best(loop)
-            probed = _probed(f"/proc/self/fd/{file}", site, loop)
-            del loop
-            assert area
+        with own_code() as code:
+            before = _best(code.loop)
+            probed = _probed(code.path, code.emulated if cheap else code.stepped, code.loop)
         return max(0.0, probed - before)
-    finally:
-        os.close(file)
+    except (OSError, ValueError, AttributeError):
+        return None
 
 
 def _address_of(file: int) -> int:
@@ -73,7 +89,7 @@ def _address_of(file: int) -> int:
     raise OSError("the code is not mapped")
 
 
-def _probed(path: str, site: int, loop: ct._CFunctionType) -> float:
+def _probed(path: str, site: int, loop: Callable[[int], int]) -> float:
     multi = kernel.has_multi()
     program = kernel.load(_RETURN_0, multi)
     try:
@@ -89,7 +105,7 @@ def _probed(path: str, site: int, loop: ct._CFunctionType) -> float:
         os.close(program)
 
 
-def _best(loop: ct._CFunctionType) -> float:
+def _best(loop: Callable[[int], int]) -> float:
     """ns a call; the quickest of some rounds, since others use the processor, too."""
     times = []
     for _ in range(ROUNDS):

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator
 from typing import Protocol
 
 from tracer.errors import FaultError, NotPermitted
+from tracer.rights import refusal
 from tracer.target import Region, Target, ended, trace_line
 
 PAGE = os.sysconf("SC_PAGE_SIZE")
@@ -60,10 +61,9 @@ class LiveMemory:
         try:
             self._fd = os.open(f"/proc/{target.pid}/mem", os.O_RDONLY | os.O_CLOEXEC)
         except PermissionError as error:
-            raise NotPermitted(
-                f"the memory of process {target.pid} may not be read without root",
-                trace_line(target.pid),
-            ) from error
+            refused = refusal(target.pid, memory=True)
+            message = f"the memory of process {target.pid} may not be read {refused.reason}"
+            raise NotPermitted(message, refused.hint or trace_line(target.pid)) from error
         except OSError as error:
             raise ended(target.pid, error) from error
 

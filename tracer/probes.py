@@ -53,6 +53,7 @@ from tracer.maps import (
 )
 from tracer.posix_aio import SINCE_4_0, Order
 from tracer.records import dataclass
+from tracer.rights import FIRST_PID_NAMESPACE, INSTEAD_OF_ROOT, TO_ATTACH, WHOLE_CONTAINER, may_attach
 from tracer.sites.model import CALLBACK, DONE, SUBMIT, Site
 
 if TYPE_CHECKING:
@@ -70,9 +71,8 @@ SETTLING_NS = 1_000_000_000
 
 #: bpf/aio_trace.c has as many programs for each site, one a register.
 MAX_REGISTERS = 4
-CAP_SYS_ADMIN, CAP_PERFMON, CAP_BPF = 21, 38, 39
 IN_THE_WAY_S = (0.05, 0.2)
-FIRST_PID_NAMESPACE = 0xEFFFFFFC
+SYSFS_PMUS = "/sys/bus/event_source/devices"
 
 _ARRAY_KEY = struct.pack("<I", 0)
 _RECORD_SIZE, _SET_SIZE = ct.sizeof(RequestRecord), ct.sizeof(RequestSet)
@@ -102,26 +102,39 @@ DEFAULT_PARAMETERS = Parameters()
 
 def check_host() -> None:
     """Raise NotPermitted or NoUprobes where probes cannot be attached on this host."""
-    if not permitted():
-        import shlex
+    if not may_attach():
+        raise _not_permitted()
+    lacking = no_uprobes()
+    # One link for many places does without perf, and so without /sys.
+    if lacking is not None and not _has_multi():
+        raise lacking
 
-        raise NotPermitted(
-            "attaching probes needs root, or CAP_BPF and CAP_PERFMON with CAP_SYS_PTRACE",
-            f"sudo {shlex.join(['aio-trace', *sys.argv[1:]])}",
+
+def _not_permitted() -> NotPermitted:
+    import shlex
+
+    if os.geteuid() == 0:
+        lacks = f"root here lacks {TO_ATTACH}, as in most containers"
+        return NotPermitted(f"attaching probes is not permitted: {lacks}", WHOLE_CONTAINER)
+    return NotPermitted(
+        f"attaching probes needs root, or {INSTEAD_OF_ROOT}",
+        f"sudo {shlex.join(['aio-trace', *sys.argv[1:]])}",
+    )
+
+
+def no_uprobes() -> NoUprobes | None:
+    """The error where perf shows no uprobes; None where it does."""
+    if os.path.exists(UPROBE_PMU):
+        return None
+    if not os.path.isdir(SYSFS_PMUS):
+        return NoUprobes(
+            "/sys is not mounted here, or not whole, so that the kernel's uprobes cannot be seen",
+            "mount -t sysfs sysfs /sys    # a container: docker run -v /sys:/sys:ro --privileged --pid=host",
         )
-    if not os.path.exists(UPROBE_PMU):
-        raise NoUprobes(
-            "this kernel has no uprobes that perf can attach (CONFIG_UPROBE_EVENTS, since Linux 4.17)",
-            "grep UPROBE /boot/config-$(uname -r)",
-        )
-
-
-def permitted() -> bool:
-    """Whether this process may load and attach probes."""
-    with open("/proc/self/status", encoding="ascii", errors="replace") as status:
-        found = re.search(r"^CapEff:\s*([0-9a-f]+)", status.read(), re.M)
-    effective = int(found[1], 16) if found else 0
-    return bool(effective >> CAP_SYS_ADMIN & 1) or bool(effective >> CAP_BPF & effective >> CAP_PERFMON & 1)
+    return NoUprobes(
+        "this kernel has no uprobes that perf can attach (CONFIG_UPROBE_EVENTS, since Linux 4.17)",
+        "grep UPROBE /boot/config-$(uname -r)",
+    )
 
 
 def source_folder() -> Path:

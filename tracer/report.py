@@ -23,6 +23,7 @@ from tracer.events import (
     Counts,
     Event,
     Failure,
+    HostNeed,
     Latency,
     Nudged,
     PoolInfo,
@@ -365,7 +366,7 @@ class TableWriter:
         elif isinstance(event, Resolved):
             self._print(self._resolved(event))
         elif isinstance(event, Checked):
-            self._print(checked_text(event))
+            self._print(checked_text(event, self._verbose))
         elif isinstance(event, Nudged):
             self._print(self._nudged(event))
         elif isinstance(event, Stepped):
@@ -525,8 +526,8 @@ BARRIER_TEXTS = {
 }
 
 
-def checked_text(event: Checked) -> str:
-    """The findings of `check` for people."""
+def checked_text(event: Checked, verbose: bool = False) -> str:
+    """The findings of `check` for people; `verbose`: with what the kernel and the compiler said."""
     event = shown(event)
     version = f"QEMU {event.version}" if event.version else "QEMU (version not found)"
     parts = [f"{event.exe}: {version}\n  {event.machine}, build id {event.build_id or 'none'}"]
@@ -537,8 +538,9 @@ def checked_text(event: Checked) -> str:
         parts.append(_layout_text(event.layout))
     parts.append(f"barriers  {BARRIER_TEXTS[event.barrier_fixed]}")
     parts.append(_bugs_text(event.known_bugs))
-    needs = [[f"  {n.need}", "ok" if n.ok else ("NO" if n.required else "no"), n.detail] for n in event.host]
+    needs = [[f"  {need.need}", _answer(need), need.detail] for need in event.host]
     parts.append("this host\n" + _rows(needs, ["  need", "", ""]))
+    parts += [_said(need) for need in event.host if verbose and need.words]
     parts += [f"note:\n{wrapped(note)}" for note in event.notes]
     parts.append(_readiness(event))
     return "\n\n".join(parts)
@@ -588,11 +590,23 @@ def _bugs_text(bugs: Sequence[BugNote] | None) -> str:
     return f"{title}\n" + _rows(rows, ["  commit", "class", "versions", "what"])
 
 
+def _answer(need: HostNeed) -> str:
+    if need.ok is None:
+        return "?"
+    return "ok" if need.ok else ("NO" if need.required else "no")
+
+
+def _said(need: HostNeed) -> str:
+    return f"what was said of {need.need}:\n" + "\n".join(f"  {line}" for line in need.words)
+
+
 def _readiness(event: Checked) -> str:
     if event.ready:
         target = event.pid if event.pid is not None else "PID"
         return "ready: " + as_typed(f"sudo aio-trace --pid {target}")
-    lacking = [need.need for need in event.host if need.required and not need.ok]
+    lacking = [need.need for need in event.host if need.required and need.ok is False]
+    unknown = [need.need for need in event.host if need.required and need.ok is None]
     if not event.sites:
         lacking.insert(0, "probe sites")
-    return "not ready; missing: " + ", ".join(lacking)
+    parts = [f"{word}: {', '.join(names)}" for word, names in (("missing", lacking), ("not proved", unknown)) if names]
+    return "not ready; " + "; ".join(parts)

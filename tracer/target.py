@@ -16,6 +16,7 @@ from functools import cached_property
 
 from tracer.errors import OUT_OF_FILES, HostError, NoSuchProcess, NotPermitted, NotQemu, TargetExited
 from tracer.records import dataclass
+from tracer.rights import WHOLE_CONTAINER, in_pid_namespace, refusal
 from tracer.text import printable
 
 AT_ENTRY = 9
@@ -343,7 +344,9 @@ def open_target(pid: int, line: Callable[..., str] = trace_line) -> Target:
         _, fields = _stat_fields(pid)
         status = _read_text(f"/proc/{pid}/status")
     except OSError as error:
-        raise NoSuchProcess(f"there is no process {pid}", qemu_hint(pid, line)) from error
+        if _is_hidden(pid):
+            raise NotPermitted(f"process {pid} may not be looked at without root", line(pid)) from error
+        raise NoSuchProcess(f"there is no process {pid}{_here()}", qemu_hint(pid, line)) from error
     found = re.search(r"^Tgid:\s*(\d+)", status, re.M)
     if found and int(found[1]) != pid:
         raise NotQemu(f"{pid} is a thread of process {found[1]}", line(int(found[1])))
@@ -352,10 +355,9 @@ def open_target(pid: int, line: Callable[..., str] = trace_line) -> Target:
     try:
         exe = _exe_of(pid)
     except PermissionError as error:
-        if os.geteuid() == 0:
-            why = f"process {pid} may not be looked at, not even by root here"
-            raise NotPermitted(why, qemu_hint(pid, line)) from error
-        raise NotPermitted(f"process {pid} may not be looked at without root", line(pid)) from error
+        refused = refusal(pid, memory=False)
+        message = f"process {pid} may not be looked at {refused.reason}"
+        raise NotPermitted(message, _outside(pid, line) or refused.hint or line(pid)) from error
     except OSError as error:
         why = f"process {pid} has no executable: it is a kernel thread or ends"
         raise NotQemu(why, qemu_hint(pid, line)) from error
@@ -405,14 +407,45 @@ def is_qemu_name(name: str) -> bool:
     return re.search(r"qemu|^kvm\b", name) is not None and not re.match(NO_POOL, name)
 
 
+def _is_hidden(pid: int) -> bool:
+    """Whether there is such a process, and /proc does not show it (hidepid)."""
+    try:
+        os.kill(pid, 0)  # sends nothing
+    except PermissionError:
+        return True
+    except (OSError, OverflowError):
+        pass
+    return False
+
+
+def _here() -> str:
+    return " in this container" if in_pid_namespace() else ""
+
+
+def no_qemu() -> NoSuchProcess:
+    """The error where no QEMU is found at all."""
+    if in_pid_namespace():
+        return NoSuchProcess(
+            "no QEMU was found in this container, which does not see the processes of its host", WHOLE_CONTAINER
+        )
+    return NoSuchProcess("no QEMU was found on this host", "pgrep -af 'qemu|kvm'    # one under another name?")
+
+
 def qemu_hint(pid: int, line: Callable[..., str] = trace_line) -> str:
     """What to type instead where `pid` is no QEMU: the one that has this number inside its container, if any."""
+    found = _outside(pid, line)
+    if found is None and in_pid_namespace() and not find_qemus():
+        return WHOLE_CONTAINER
+    return found or "pgrep -a qemu"
+
+
+def _outside(pid: int, line: Callable[..., str]) -> str | None:
     inside = [
         outer for outer in list_pids() if outer != pid and _innermost_pid(outer) == pid and looks_like_qemu(outer)
     ]
-    if inside:
-        return f"{line(*sorted(inside))}    # its number on this host; {pid} is inside its container"
-    return "pgrep -a qemu"
+    if not inside:
+        return None
+    return f"{line(*sorted(inside))}    # its number on this host; {pid} is inside its container"
 
 
 def _innermost_pid(pid: int) -> int | None:

@@ -22,7 +22,8 @@ ROOT = Path(__file__).resolve().parents[2]
 STAGES: tuple[tuple[str, ...], ...] = (
     ("tracer", "bpf", "tracer.text"),
     ("tracer.errors", "tracer.cache", "tracer.records", "tracer.kernel", "tracer.output"),
-    ("tracer.layout", "tracer.known_bugs", "tracer.budget", "tracer.maps", "tracer.compiler"),
+    ("tracer.rights", "tracer.hit_cost", "tracer.layout", "tracer.known_bugs", "tracer.budget"),
+    ("tracer.trial", "tracer.maps", "tracer.compiler"),
     ("tracer.target", "tracer.elf"),
     ("tracer.debug_files",),
     ("tracer.sites", "tracer.eh_frame"),
@@ -37,7 +38,7 @@ STAGES: tuple[tuple[str, ...], ...] = (
     ("tracer.events",),
     ("tracer.host",),
     ("tracer.check", "tracer.figures", "tracer.looking", "tracer.sampling", "tracer.report"),
-    ("tracer.hit_cost", "tracer.qmp", "tracer.xstate", "tracer.audit", "tracer.survey", "tracer.qcow2"),
+    ("tracer.qmp", "tracer.xstate", "tracer.audit", "tracer.survey", "tracer.qcow2"),
     ("tracer.inject",),
     ("tracer.inspect", "tracer.report_inspect", "tracer.nudge"),
     ("tracer.save", "tracer.nudger", "tracer.freeing", "tracer.spending"),
