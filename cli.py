@@ -427,7 +427,7 @@ def inspect(
     """Says at once why a VM's disk hangs: every pool, every request, one verdict.
 
     Reads memory only; a live process is not stopped, but by --save, and that for milliseconds. Exit
-    status: 0 nothing overdue, 1 could not do it, 2 usage, 3 at least one overdue request.
+    status: 0 nothing overdue, 1 could not do it, 2 usage, 3 at least one overdue request, or QEMU stands still.
     """
     if (pid is None) == (core is None):
         raise click.UsageError("Which QEMU? Give --pid PID, or --core FILE.")
@@ -458,7 +458,7 @@ def inspect(
         _report(error, streams, as_json, pid, verbose)
         return error.status
     _close_quietly(streams.out)
-    return EXIT_ALERT if found.overdue else EXIT_OK
+    return EXIT_ALERT if found.overdue or found.standing else EXIT_OK
 
 
 def _inspect_pid(pid: int, deadline: float) -> Diagnosis:

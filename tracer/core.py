@@ -11,7 +11,7 @@ from __future__ import annotations
 import mmap
 import os
 import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
 from typing import Any
 
@@ -381,9 +381,9 @@ class CoreView:
             registers = {}  # it could not be stopped when the core was saved
         return self._stacks.unwind(thread.registers["rip"], thread.registers["rsp"], registers)
 
-    def stack_at(self, pc: int, sp: int) -> Stack:
-        """The stack from there on, other registers unknown."""
-        return self._stacks.unwind(pc, sp)
+    def stack_at(self, pc: int, sp: int, others: Mapping[int, int] | None = None) -> Stack:
+        """The stack from there on."""
+        return self._stacks.unwind(pc, sp, others)
 
     def function_at(self, address: int) -> tuple[str, int] | None:
         """(function, offset) by the symbols of the files at hand."""

@@ -284,6 +284,18 @@ class InspectedThread:
 
 
 @dataclass(frozen=True)
+class InspectedCoroutine:
+    """A coroutine that serves a request outside the thread pools and did not move.
+
+    `coroutine` is where its CoroutineUContext names its stack, `waits_in` a function, `stack` innermost first.
+    """
+
+    coroutine: int
+    waits_in: str
+    stack: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class Diagnosis(Event):
     """What `inspect` found: of a live process, or of a core file (`core` is its path)."""
 
@@ -301,6 +313,9 @@ class Diagnosis(Event):
     notes: tuple[str, ...]
     watched_s: float
     took_s: float
+    run_state: str | None = None  # QEMU's word; None where it does not show
+    waiting: tuple[InspectedCoroutine, ...] = ()
+    standing: bool = False  # the process or a loop stands still, with or without a request
 
     @property
     def overdue(self) -> int:

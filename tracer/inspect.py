@@ -18,18 +18,23 @@ from itertools import pairwise
 from tracer import home, posix_aio
 from tracer.build import Build, Loaded, load
 from tracer.coroutine import code_regions, read_waiter
+from tracer.coroutines import Coroutines
 from tracer.errors import FaultError
 from tracer.events import Diagnosis, InspectedPool, InspectedRequest, InspectedThread
 from tracer.known_bugs import bug_notes
 from tracer.layout import RequestState
 from tracer.looking import Looker
+from tracer.outside_pool import Outside, OutsidePool
 from tracer.pools import BottomHalf, Pool, Request, RequestList, ThreadCounts
 from tracer.posix_aio import Operation
 from tracer.records import dataclass
+from tracer.run_state import RunState, read_run_state
 from tracer.target import Region, Thread
 from tracer.verdict import (
+    LOOP_BLOCKED,
     LOST_WAKEUP,
     SEVERITY,
+    STOPPED,
     UNKNOWN,
     Facts,
     Look,
@@ -37,6 +42,7 @@ from tracer.verdict import (
     as_evidence,
     draining,
     judge,
+    under,
 )
 from tracer.view import ProcessView
 
@@ -46,6 +52,10 @@ HEALTHY, ELSEWHERE = "healthy", "elsewhere"
 #: How long a live process is watched, and how often; a healthy one is left at the second look.
 PATIENCE_S = 0.2
 LOOKS = 9
+#: So many looks must find the home thread asleep before it is said that nobody was told, and for that, where it is
+#: awake at most looks, there are so many more.
+TELLING = LOOKS // 2 + 1
+MORE_LOOKS = 4 * LOOKS
 #: How often a list is read again that was torn, and after what time.
 RETRIES, RETRY_S = 6, 0.0005
 #: Unwinding ends after that many seconds; home threads come first.
@@ -137,14 +147,21 @@ class _Inspection:
         self._workers_asleep: float | None = None
 
     def run(self, patience_s: float, started: float) -> Diagnosis:
-        found = self._reader.find(self._view.heap_chunks())
+        build = self._loaded.build
+        coroutines = Coroutines(self._view, build.machine)
+        found = self._reader.find(coroutines.passing(self._view.heap_chunks()))
+        beside = OutsidePool(self._view, coroutines, lambda: self._home_tids(found))
+        began = time.monotonic()
         watched = self._watch(found, patience_s)
         pools = tuple(self._pool(pool, patience_s) for pool in watched)
+        accused = any(request.overdue for pool in pools for request in pool.requests)
+        outside = Outside() if accused else beside.seen(began + patience_s)
+        self._watched_s = time.monotonic() - began
         threads = self._threads(pools)
         drains = next((d for t in threads if t.home and (d := draining(_functions(t.stack)))), None)
         bypassing = _bypassing(self._view)
-        verdict = self._verdict(pools, threads, drains, bypassing)
-        build = self._loaded.build
+        state = read_run_state(self._view)
+        verdict = self._verdict(pools, drains, bypassing, outside, state)
         return Diagnosis(
             time.time(),
             self._view.pid,
@@ -159,9 +176,12 @@ class _Inspection:
             bug_notes(build.version, build.machine, build.located.barrier_fixed),
             build.located.barrier_fixed,
             bypassing,
-            self._notes(pools, threads),
+            (*self._notes(pools, threads), *outside.notes),
             self._watched_s,
             time.monotonic() - started,
+            state.name if state else None,
+            outside.waiting,
+            verdict.cause in (STOPPED, LOOP_BLOCKED) and not accused,
         )
 
     def accused(self, found: Sequence[Pool], patience_s: float) -> Staying:
@@ -178,12 +198,27 @@ class _Inspection:
         for number in range(1 if self._is_core else LOOKS):
             if number:
                 time.sleep(max(0.0, began + patience_s * number / (LOOKS - 1) - time.monotonic()))
-            for pool in pools:
-                looks[pool].append(self._snapshot(pool))
+            self._look_at(looks)
             self._watched_s = time.monotonic() - began
             if number and not any(_persistent(_Watched(p, tuple(s))) for p, s in looks.items()):
                 break
+        self._look_on(looks, patience_s / (LOOKS - 1))
+        self._watched_s = time.monotonic() - began
         return [_Watched(pool, tuple(snapshots)) for pool, snapshots in looks.items()]
+
+    def _look_at(self, looks: dict[Pool, list[_Snapshot]]) -> None:
+        for pool, snapshots in looks.items():
+            snapshots.append(self._snapshot(pool))
+
+    def _look_on(self, looks: dict[Pool, list[_Snapshot]], pause_s: float) -> None:
+        """Where only looks at a sleeping home thread are missing: on a busy host it is seen awake at most of them."""
+        if self._is_core:
+            return
+        for _ in range(MORE_LOOKS):
+            if not any(_is_open(_Watched(pool, tuple(snapshots))) for pool, snapshots in looks.items()):
+                return
+            time.sleep(pause_s)
+            self._look_at(looks)
 
     def _snapshot(self, pool: Pool) -> _Snapshot:
         """One look. What was read while the home thread slept was not changed by it meanwhile."""
@@ -311,7 +346,7 @@ class _Inspection:
             return self._judge_core(watched, facts)
         verdict = judge(facts)
         if verdict.cause == LOST_WAKEUP and not _nobody_told(watched):
-            return None
+            return facts, Verdict(UNKNOWN, _not_told(watched, facts))
         if self._workers_asleep is None:
             self._workers_asleep = self._idle_workers_asleep()
         asleep = self._workers_asleep
@@ -386,30 +421,43 @@ class _Inspection:
         where = self._looker.describe_syscall(thread)
         return InspectedThread(thread.tid, thread.name, thread.state, where, frames, why, is_home)
 
+    def _home_tids(self, pools: Sequence[Pool]) -> list[int]:
+        """The threads that run the pools' contexts, as far as that shows."""
+        return [thread.tid for pool in pools if (thread := self._looker.home(pool.context)) is not None]
+
     def _verdict(
         self,
         pools: Sequence[InspectedPool],
-        threads: Sequence[InspectedThread],
         drains: str | None,
         bypassing: Sequence[str],
+        outside: Outside,
+        state: RunState | None,
     ) -> Verdict:
         accused = [request for pool in pools for request in pool.requests if request.overdue]
         if accused:
             return _worst(accused, drains)
-        blind = _cannot_see(bypassing)
         count = sum(len(pool.requests) for pool in pools)
         seen = f"No request of {len(pools)} thread pools is overdue ({count} in flight)." if pools else _no_pools()
+        seen += _guest(state)
+        if self._looker.process_stopped():
+            return Verdict(STOPPED, f"{_standing(self._view)} {seen}")
         torn = [pool for pool in pools if pool.torn]
         if torn:
             return Verdict(UNKNOWN, f"The list of {len(torn)} pools could not be read to the end: {torn[0].torn}.")
         missing = self._view.missing()
         if missing:
             return Verdict(UNKNOWN, f"Nothing overdue was found in what the core holds, but {'; '.join(missing)}.")
-        if drains:
-            return Verdict(ELSEWHERE, f"{seen} Yet the home thread waits in {drains}: for something else. {blind}")
-        if bypassing:
-            return Verdict(ELSEWHERE, f"{seen} {blind}")
-        return Verdict(HEALTHY, seen)
+        if outside.stuck_loops:
+            return Verdict(LOOP_BLOCKED, f"{self._stuck_loop(outside.stuck_loops[0])} {seen}")
+        return _beyond(seen, drains, bypassing, outside)
+
+    def _stuck_loop(self, thread: Thread) -> str:
+        what = "The main loop" if thread.tid == self._view.pid else "An iothread's loop"
+        functions = self._looker.stack(thread).functions()
+        return (
+            f"{what} serves nobody: thread {thread.tid} ({thread.name}) has been in "
+            f"{self._looker.describe_syscall(thread)}{under(functions)} for {self._watched_s:.1f} s at least."
+        )
 
     def _notes(self, pools: Sequence[InspectedPool], threads: Sequence[InspectedThread]) -> tuple[str, ...]:
         notes = list(self._view.missing())
@@ -500,10 +548,38 @@ def _identity(request: Request) -> tuple[int, ...]:
 def _nobody_told(watched: _Watched) -> bool:
     """Whether the bottom half was not scheduled while the home thread slept, at every look that tells.
 
-    Most looks must tell: a thread that comes round now and then is awake for moments only.
+    TELLING looks must tell, however many there were: a thread that comes round now and then is awake for moments only.
     """
-    telling = [s for s in watched.whole if s.switches is not None and s.look.parked]
-    return len(telling) * 2 > len(watched.snapshots) and all(s.look.scheduled is False for s in telling)
+    telling = _telling(watched)
+    return len(telling) >= TELLING and all(s.look.scheduled is False for s in telling)
+
+
+def _telling(watched: _Watched) -> list[_Snapshot]:
+    """The looks during which the home thread slept in its poll."""
+    return [s for s in watched.whole if s.switches is not None and s.look.parked]
+
+
+def _is_open(watched: _Watched) -> bool:
+    """Whether a finished request stays, nobody was told at any look, and too few looks tell."""
+    if any(snapshot.look.scheduled for snapshot in watched.snapshots) or len(_telling(watched)) >= TELLING:
+        return False
+    return any(request.state == RequestState.THREAD_DONE for request in _persistent(watched))
+
+
+def _not_told(watched: _Watched, facts: Facts) -> str:
+    looks, asleep = len(watched.snapshots), len(_telling(watched))
+    what = f"{facts.kind or 'request'}{f' on {facts.file}' if facts.file else ''}"
+    told = sum(bool(snapshot.look.scheduled) for snapshot in watched.snapshots)
+    if told:
+        seen = f"its bottom half was scheduled at {told} of {looks} looks"
+    else:
+        seen = (
+            f"its bottom half was not scheduled at any of {looks} looks, but its home thread slept at {asleep} of them"
+        )
+    return (
+        f"The worker finished this {what}, and its callback has not come: {seen}. That is too little to tell a lost "
+        f"wake-up from a loop that is late. Look again, for longer: --deadline 2s."
+    )
 
 
 def _unmoved(snapshots: Sequence[_Snapshot], tid: int) -> bool:
@@ -529,6 +605,29 @@ def _worst(accused: Sequence[InspectedRequest], drains: str | None) -> Verdict:
     return Verdict(worst.cause or UNKNOWN, text)
 
 
+def _guest(state: RunState | None) -> str:
+    if state is None or state.running:
+        return ""
+    return f" The guest does not run: its run state is `{state.name}`."
+
+
+def _standing(view: ProcessView) -> str:
+    if view.frozen:
+        return "The QEMU process is frozen with its cgroup; nothing in it can continue."
+    return "The QEMU process is stopped by a signal or a debugger; nothing in it can continue."
+
+
+def _beyond(seen: str, drains: str | None, bypassing: Sequence[str], outside: Outside) -> Verdict:
+    """What is said where neither a pool nor a loop stands still."""
+    blind = _cannot_see(bypassing)
+    waiting = f" {len(outside.waiting)} other requests did not move: {outside.places()}." if outside.waiting else ""
+    if drains:
+        return Verdict(ELSEWHERE, f"{seen}{waiting} Yet the home thread waits in {drains}: for something else. {blind}")
+    if waiting or bypassing:
+        return Verdict(ELSEWHERE, f"{seen}{waiting} {blind}")
+    return Verdict(HEALTHY, seen)
+
+
 def _no_pools() -> str:
     return "There is no thread pool: no request ever needed one."
 
@@ -537,14 +636,20 @@ def _no_pools() -> str:
 
 
 def _bypassing(view: ProcessView) -> tuple[str, ...]:
-    """The disks whose reads and writes bypass the thread pool, as far as that shows."""
-    found = _by_command_line(view)
-    if found:
-        return found
+    """The disks whose reads and writes bypass the thread pool: by what QEMU holds, named by its command line.
+
+    A ring of linux-aio is a mapping, one of io_uring a file descriptor; QEMU has the latter for its loops, too.
+    """
     engines = []
     if any(region.path.startswith("/[aio]") for region in _mappings(view)):
-        engines.append("disks with aio=native")
-    return tuple(engines)
+        engines.append("native")
+    if not view.files() or "anon_inode:[io_uring]" in view.files().values():
+        engines.append("io_uring")
+    named = [(engine, file) for engine, file in _by_command_line(view) if engine in engines]
+    found = [f"{file} (aio={engine})" for engine, file in named]
+    if "native" in engines and not any(engine == "native" for engine, _ in named):
+        found.append("disks with aio=native")
+    return tuple(dict.fromkeys(found))
 
 
 def _mappings(view: ProcessView) -> list[Region]:
@@ -554,15 +659,15 @@ def _mappings(view: ProcessView) -> list[Region]:
         return []
 
 
-def _by_command_line(view: ProcessView) -> tuple[str, ...]:
-    """The files of -drive and -blockdev options that say aio=native or aio=io_uring."""
+def _by_command_line(view: ProcessView) -> list[tuple[str, str]]:
+    """(engine, file) of the -drive and -blockdev options that say aio=native or aio=io_uring."""
     found = []
     for argument in view.arguments():
         engine = re.search(r"""aio["']?\s*[=:]\s*["']?(native|io_uring)\b""", argument)
         if engine:
             file = re.search(r"""file(?:\.?name)?["']?\s*[=:]\s*["']?([^,"'}]+)""", argument)
-            found.append(f"{file[1] if file else shlex.quote(argument)} (aio={engine[1]})")
-    return tuple(dict.fromkeys(found))
+            found.append((engine[1], file[1] if file else shlex.quote(argument)))
+    return found
 
 
 def _cannot_see(bypassing: Sequence[str]) -> str:

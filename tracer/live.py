@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import re
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
@@ -87,9 +87,9 @@ class LiveView:
                 return stack
         return Stack(why_not="the thread runs; its registers cannot be read without stopping it")
 
-    def stack_at(self, pc: int, sp: int) -> Stack:
+    def stack_at(self, pc: int, sp: int, others: Mapping[int, int] | None = None) -> Stack:
         """The stack from a program counter and a stack pointer on."""
-        return self._stacks().unwind(pc, sp)
+        return self._stacks().unwind(pc, sp, others)
 
     def function_at(self, address: int) -> tuple[str, int] | None:
         """(function, offset) by the symbols of the files that are mapped."""

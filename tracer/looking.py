@@ -293,6 +293,7 @@ class Looker:
             return None
         threads = self._threads()
         active = request.state == RequestState.THREAD_ACTIVE
+        busy = Counter[str]() if active else self._places_in_storage(threads)
         worker = self.worker_on(threads, operation) if active else None
         return replace(
             facts,
@@ -307,22 +308,21 @@ class Looker:
             worker_state=worker.state if worker else None,
             worker_kernel=self._view.kernel_stack(worker.tid) if worker else (),
             worker_asleep_s=self._asleep(worker),
-            busy_with=None if active else self._busy_with(threads),
+            busy_with=_most_of(busy),
+            workers_in_storage=None if active else sum(busy.values()),
         )
 
-    def _busy_with(self, threads: list[Thread]) -> str | None:
-        """What most threads in a system call on a file are at: the workers of a full pool."""
-        places = Counter(
+    def _places_in_storage(self, threads: list[Thread]) -> Counter[str]:
+        """How many workers are in which system call on a file; a vCPU's ioctl is none of that."""
+        regions = self._view.regions()
+        return Counter(
             where
             for thread in threads
             if thread.syscall is not None
             and thread.syscall.name in FILE_SYSCALLS
+            and home.is_worker(self._view, regions, thread, self._loaded.worker_code)
             and (where := self.describe_syscall(thread)) is not None
         )
-        if not places:
-            return None
-        (where, count), *others = places.most_common()
-        return f"{count} in {where}" + (f" and {sum(n for _, n in others)} elsewhere" if others else "")
 
     def worker_on(self, threads: list[Thread], operation: Operation) -> Thread | None:
         """The worker that is in a system call on the request's file, at its offset where several are."""
@@ -335,6 +335,14 @@ class Looker:
         ]
         exact = [thread for thread in workers if thread.syscall and operation.offset in thread.syscall.args]
         return next(iter(exact or workers), None)
+
+
+def _most_of(places: Counter[str]) -> str | None:
+    """Where most are, and how many elsewhere."""
+    if not places:
+        return None
+    (where, count), *others = places.most_common()
+    return f"{count} in {where}" + (f" and {sum(n for _, n in others)} elsewhere" if others else "")
 
 
 def _worth_looking_on(looks: list[Look]) -> bool:

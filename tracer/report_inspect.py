@@ -5,9 +5,10 @@ Knows: formats. Does not know where values come from.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
-from tracer.events import Diagnosis, InspectedPool, InspectedRequest, InspectedThread
+from tracer.events import Diagnosis, InspectedCoroutine, InspectedPool, InspectedRequest, InspectedThread
 from tracer.report import as_hex, bugs_json, rfc3339, shown, size, wrapped
 
 #: Requests of a pool that people see in full; the others get one line each.
@@ -26,7 +27,9 @@ def diagnosis_json(found: Diagnosis) -> dict[str, Any]:
         "version": found.version,
         "pools": [_pool_json(pool) for pool in found.pools],
         "threads": [_thread_json(thread) for thread in found.threads],
+        "coroutines": [_coroutine_json(coroutine) for coroutine in found.waiting],
         "draining": found.draining,
+        "run_state": found.run_state,
         "verdict": found.verdict,
         "explanation": found.explanation,
         "overdue": found.overdue,
@@ -90,6 +93,14 @@ def _request_json(request: InspectedRequest) -> dict[str, Any]:
     }
 
 
+def _coroutine_json(coroutine: InspectedCoroutine) -> dict[str, Any]:
+    return {
+        "coroutine": as_hex(coroutine.coroutine),
+        "waits_in": coroutine.waits_in,
+        "stack": list(coroutine.stack),
+    }
+
+
 def _thread_json(thread: InspectedThread) -> dict[str, Any]:
     return {
         "tid": thread.tid,
@@ -114,6 +125,7 @@ def diagnosis_text(found: Diagnosis, verbose: bool = False) -> str:
     ]
     for pool in found.pools:
         lines += ["", *_pool_lines(pool, verbose)]
+    lines += _waiting_lines(found.waiting, verbose)
     lines += ["", *_thread_lines(found, verbose)]
     for note in found.known_bugs or ():
         if note.fixed is not True:
@@ -180,6 +192,20 @@ def _element_lines(request: InspectedRequest) -> list[str]:
     lines.append(f"    Coroutine {request.coroutine:#x}: entry = {entry},")
     lines.append(f"      entry_arg = {arg:#x}, caller = {caller:#x}")
     return lines + [f"      #{number} {frame}" for number, frame in enumerate(request.coroutine_stack)]
+
+
+def _waiting_lines(waiting: Sequence[InspectedCoroutine], verbose: bool) -> list[str]:
+    """The first of each place in full, the others counted."""
+    lines: list[str] = []
+    places: set[str] = set()
+    for coroutine in waiting:
+        if verbose or coroutine.waits_in not in places:
+            lines += ["", f"Coroutine {coroutine.coroutine:#x}: waits in {coroutine.waits_in}"]
+            lines += [f"  #{number} {frame}" for number, frame in enumerate(coroutine.stack)]
+        places.add(coroutine.waits_in)
+    if len(waiting) > len(places) and not verbose:
+        lines.append(f"{len(waiting) - len(places)} more wait there (-v shows them)")
+    return lines
 
 
 def _thread_name(tid: int, name: str | None) -> str:

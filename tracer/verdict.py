@@ -109,7 +109,8 @@ class Facts:
     home_asleep_s: float | None = None
     threads_new: int | None = None
     threads_pending: int | None = None
-    busy_with: str | None = None  # what the workers of a full pool do, in words
+    busy_with: str | None = None  # what the workers do, in words
+    workers_in_storage: int | None = None  # how many threads are in a system call on a file
     function: str | None = None  # the name of the request's func
     stack: HomeStack = HomeStack()
     barrier_fixed: bool | None = None  # whether this build has the barriers of e8d3b1a25f
@@ -250,10 +251,10 @@ def _judge_loop(facts: Facts) -> Verdict:
             f"read.",
         )
     if len(places) == 1 and last.syscall is not None and len(switches) == 1 and last.home_state != "R":
+        where = f"{last.syscall}{under(facts.stack.functions)}"
         return Verdict(
             LOOP_BLOCKED,
-            f"{_finished(facts)}, but {_home(facts)} is stuck in {last.syscall}{_under(facts)} and cannot call its "
-            f"callback.",
+            f"{_finished(facts)}, but {_home(facts)} is stuck in {where} and cannot call its callback.",
         )
     if _starved(facts.looks):
         return Verdict(
@@ -276,9 +277,9 @@ def _starved(looks: tuple[Look, ...]) -> bool:
     return last.waited_s - first.waited_s > last.ran_s - first.ran_s
 
 
-def _under(facts: Facts) -> str:
-    """The innermost of QEMU's own functions on the home thread's stack, in words; they are named by their prefix."""
-    functions = [name for name in facts.stack.functions if not _of_a_library(name)]
+def under(stack: Sequence[str]) -> str:
+    """The innermost of QEMU's own functions on a stack, in words; a library's are known by their names."""
+    functions = [name for name in stack if not _of_a_library(name)]
     if COMPLETION_BH in functions:
         return f" inside the completion bottom half (under {functions[0]})"
     return f" (under {functions[0]})" if functions else ""
@@ -322,6 +323,17 @@ def _judge_queued(facts: Facts) -> Verdict:
     if idle == 0 and most is not None and current >= most:
         what = facts.busy_with or "look at what they wait for"
         return Verdict(QUEUE_FULL, f"This {_request(facts)} {waited} for a worker: all {current} are busy ({what}).")
+    if idle == 0 and not facts.threads_new and (facts.workers_in_storage or 0) >= current > 0:
+        waits = (
+            f"made this {_request(facts)} wait"
+            if facts.from_core
+            else f"has made this {_request(facts)} wait for {_age(facts)}"
+        )
+        return Verdict(
+            WORKER_STUCK,
+            f"The storage, not QEMU, {waits}: it holds all {current} workers of the pool ({facts.busy_with}). QEMU "
+            f"starts another one only with the next request.",
+        )
     start = ""
     if facts.threads_new:
         start = f"; {facts.threads_new} more were to be started ({facts.threads_pending or 0} on their way)"

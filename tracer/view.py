@@ -6,7 +6,7 @@ stacks are made by tracer/unwind.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Protocol
 
 from tracer.elf import Image
@@ -94,8 +94,8 @@ class ProcessView(Protocol):
         """A thread's stack; empty with `why_not` where it cannot be had (a live thread that runs)."""
         ...
 
-    def stack_at(self, pc: int, sp: int) -> Stack:
-        """The stack from there on, other registers unknown; used for the stacks of coroutines that wait."""
+    def stack_at(self, pc: int, sp: int, others: Mapping[int, int] | None = None) -> Stack:
+        """The stack from there on; `others` are registers that are known besides, by DWARF's numbers."""
         ...
 
     def function_at(self, address: int) -> tuple[str, int] | None:

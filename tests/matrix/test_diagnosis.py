@@ -32,7 +32,7 @@ ROUNDS = int(os.environ.get("AIO_TRACE_NUDGE_ROUNDS", "2"))
 FAULTS: tuple[tuple[Fault, str], ...] = (
     *DONE_FAULTS,
     (causes.stuck_worker, "worker-stuck"),
-    *((fault, "queue-stalled") for fault in QUEUE_FAULTS),
+    *QUEUE_FAULTS,
     (causes.nested_wait, "nested-wait"),
 )
 

@@ -32,8 +32,10 @@ DONE_FAULTS: tuple[tuple[Fault, str], ...] = (
     (causes.blocked_in_storage, "loop-blocked"),
     (causes.spinning, "loop-busy"),
 )
-#: Faults that leave a request nobody takes.
-QUEUE_FAULTS = (causes.sleeping_workers, causes.missed_spawn, causes.lost_spawn)
+#: QEMU starts no worker for a second request while an idle one wakes: it waits behind what the storage holds.
+HELD_WORKERS = (causes.missed_spawn, "worker-stuck")
+#: Faults that leave a request nobody takes, and what they are called.
+QUEUE_FAULTS = ((causes.sleeping_workers, "queue-stalled"), (causes.lost_spawn, "queue-stalled"), HELD_WORKERS)
 
 
 class Said:

@@ -20,6 +20,7 @@ RUNS = Look(scheduled=True, home_state="R", parked=False, syscall=None, switches
 DONE = Facts(RequestState.THREAD_DONE, "flush", "/d0.img", 0, 4.2, (ASLEEP,) * 3, "qemu", 1)
 ACTIVE = Facts(RequestState.THREAD_ACTIVE, "write", "/d0.img", age_s=31.0, worker_tid=9, worker_syscall="pwrite64")
 QUEUED = Facts(RequestState.THREAD_QUEUED, "read", "/d0.img", age_s=31.0, threads_max=64)
+HELD = replace(QUEUED, threads_current=2, threads_idle=0, workers_in_storage=2, busy_with="2 in pwrite64")
 
 DRAIN = ("ppoll", "qemu_poll_ns", "aio_poll", "bdrv_drain_all_begin", "bdrv_drain_all", "vm_stop", "main_loop_wait")
 NESTED = ("ppoll", "aio_poll", "bdrv_flush", "thread_pool_completion_bh", "aio_bh_poll", "aio_dispatch")
@@ -52,6 +53,11 @@ CALLED = ("ppoll", "aio_poll", "thread_pool_completion_bh")
         (replace(QUEUED, threads_current=64, threads_idle=0), "queue-full"),
         (replace(QUEUED, threads_current=64, threads_idle=1), "queue-stalled"),
         (replace(QUEUED, threads_current=2, threads_idle=0), "queue-stalled"),
+        (HELD, "worker-stuck"),
+        (replace(HELD, workers_in_storage=1), "queue-stalled"),
+        (replace(HELD, threads_new=1), "queue-stalled"),
+        (replace(HELD, threads_idle=1), "queue-stalled"),
+        (replace(HELD, threads_current=64, workers_in_storage=64), "queue-full"),
         (replace(QUEUED, threads_current=0, threads_idle=0), "queue-stalled"),
         (QUEUED, "unknown"),
     ],
