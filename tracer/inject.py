@@ -19,6 +19,7 @@ import gc
 import os
 import platform
 import re
+import signal
 import struct
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -75,6 +76,8 @@ RESTORER = bytes.fromhex("48c7c00f0000000f05")
 #: How much of a mapping of code is searched for it, bytes, and how many mappings.
 LARGEST_CODE, MOST_CODE = 64 << 20, 1000
 STOP_TIMEOUT_S = 2.0
+#: Signals that are to end us; they are held back while a thread stands still.
+ENDINGS = frozenset((signal.SIGHUP, signal.SIGINT, signal.SIGTERM))
 POLL_S = 20e-6
 ATTEMPTS = 20
 
@@ -136,17 +139,25 @@ def find_restorer(target: Target, memory: LiveMemory) -> int:
     raise InjectionRefused("the C library's way out of signal handlers was not found in the process")
 
 
-def call_in_thread(target: Target, memory: LiveMemory, tid: int, call: Call, check: Callable[[], None]) -> Pause:
+def call_in_thread(
+    target: Target,
+    memory: LiveMemory,
+    tid: int,
+    call: Call,
+    check: Callable[[], None],
+    made: Callable[[], None] = lambda: None,
+) -> Pause:
     """Run `call` in the thread, which must be asleep in the poll of its event loop, and let go of it.
 
-    `check` runs while the thread stands still, right before the call; what it raises forbids the call. The
+    `check` runs while the thread stands still, before it is touched and right before the call; what it raises
+    forbids the call. `made` runs once the call cannot be taken back, before any signal of ours is handled. The
     thread is on its way when this returns; what came of it is for the caller to see. Only the one
     thread stands still. Raises InjectionRefused; then nothing was called.
     """
     check_machine(target)
     means = _Means(find_restorer(target, memory), target.regions(), xstate.areas())
     for _ in range(ATTEMPTS):
-        pause = _attempt(target, tid, call, check, means)
+        pause = _attempt(target, tid, call, check, made, means)
         if pause is not None:
             return pause
         time.sleep(0.01)
@@ -162,7 +173,9 @@ class _Means:
     areas: Mapping[int, xstate.Area]
 
 
-def _attempt(target: Target, tid: int, call: Call, check: Callable[[], None], means: _Means) -> Pause | None:
+def _attempt(
+    target: Target, tid: int, call: Call, check: Callable[[], None], made: Callable[[], None], means: _Means
+) -> Pause | None:
     with _undisturbed(), _Stopped(target, tid) as thread:
         registers = thread.registers()
         if not thread.still or registers["orig_rax"] not in LOOP_CALLS:
@@ -178,6 +191,7 @@ def _attempt(target: Target, tid: int, call: Call, check: Callable[[], None], me
         check()
         called = _redirected(held.registers, stack, call.function)
         thread.set_registers({**called, "rdi": call.argument})
+        made()
     return Pause(tid, thread.pause_s)
 
 
@@ -221,7 +235,11 @@ def _spoiled(held: _Held, thread: _Stopped) -> str | None:
 
 @contextmanager
 def _undisturbed() -> Iterator[None]:
-    """No other program of the host comes between the steps, and no garbage collection, so that the pause is short."""
+    """No other program of the host comes between the steps, no garbage collection, so that the pause is short.
+
+    Nor does Ctrl-C: whoever is interrupted knows whether the call was made.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
     policy, parameter = os.sched_getscheduler(0), os.sched_getparam(0)
     collecting = gc.isenabled()
     gc.disable()
@@ -234,6 +252,7 @@ def _undisturbed() -> Iterator[None]:
             os.sched_setscheduler(0, policy, parameter)
         if collecting:
             gc.enable()
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _check_stack(regions: list[Region], bottom: int, top: int) -> None:
@@ -348,6 +367,8 @@ class _Stopped:
         while time.monotonic() < end:
             pid, status = os.waitpid(self.tid, WALL | os.WNOHANG)
             if not pid:
+                if signal.sigpending() & ENDINGS:
+                    raise InjectionRefused("interrupted")  # which our own handler says once it may run
                 time.sleep(POLL_S)  # it needs a processor to stop on, which may be ours
                 continue
             if not os.WIFSTOPPED(status):

@@ -338,13 +338,12 @@ class Nudge:
         pauses: dict[int, float],
         failed: dict[int, AioTraceError],
     ) -> None:
-        """One pool's call, noted before it is made: an interruption may come right after it."""
+        """One pool's call, noted at the moment in which it is made: an interruption may come right after it."""
         pool = stuck.pool.address
-        calls[pool] = f"qemu_bh_schedule({stuck.pool.bottom_half:#x})"
+        made = f"qemu_bh_schedule({stuck.pool.bottom_half:#x})"
         try:
-            pauses[pool] = self._call(stuck, function).seconds
+            pauses[pool] = self._call(stuck, function, lambda: calls.update({pool: made})).seconds
         except AioTraceError as error:
-            del calls[pool]
             failed[pool] = error
 
     def _schedule(self) -> int:
@@ -354,12 +353,12 @@ class Nudge:
             raise InjectionRefused("qemu_bh_schedule was not found in this build")
         return address + self.target.entry_address() - self._build.entry
 
-    def _call(self, stuck: Stuck, function: int) -> inject.Pause:
+    def _call(self, stuck: Stuck, function: int, made: Callable[[], None]) -> inject.Pause:
         home = stuck.finding.facts.home_tid
         if home is None:
             raise InjectionRefused("the thread that runs the pool's context was not found")
         call = inject.Call(function, stuck.pool.bottom_half)
-        return inject.call_in_thread(self.target, self._memory, home, call, lambda: self._check(stuck))
+        return inject.call_in_thread(self.target, self._memory, home, call, lambda: self._check(stuck), made)
 
     def _check(self, stuck: Stuck) -> None:
         """With the home thread held: nobody else runs or cancels the bottom half, so what is seen stays so.
@@ -444,14 +443,24 @@ class Nudge:
                 after == GONE,
                 None if pause is None else pause * 1000,
             )
-            line = (
-                f"nudge pid={self.target.pid} exe={self.target.exe} request={event.request:#x} "
-                f"command='{command}' before={event.cause} after={after} freed={'yes' if event.freed else 'no'}"
-            )
-            if not audit.write(line):
-                self._say(f"no system log listens on this host; the audit line is: {line} by={audit.who()}")
+            self._audit(event, after)
             events.append(event)
         return events
+
+    def _audit(self, event: Nudged, after: str) -> None:
+        line = audit.line(
+            {
+                "pid": str(event.pid),
+                "exe": self.target.exe,
+                "request": hex(event.request),
+                "command": event.command,
+                "before": event.cause,
+                "after": after,
+                "freed": "yes" if event.freed else "no",
+            }
+        )
+        if not audit.write(line):
+            self._say(f"no system log takes it on this host; the audit line is: {line}")
 
     def _outcome(self, told: Sequence[Nudged], failed: Mapping[int, AioTraceError]) -> Outcome:
         """What is worth an event: what went on, and what did not although nothing failed in its pool."""

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,7 @@ from tracer.errors import NudgeRefused
 from tracer.lab import faults
 from tracer.lab.guest import Workload, guest
 from tracer.lab.kicks import lose_kick
-from tracer.lab.qemu import Drive, Qemu, TraceCounts, paused
+from tracer.lab.qemu import STORAGE_DAEMON, Drive, Qemu, TraceCounts, paused, storage_daemon
 from tracer.lab.storage import storage
 from tracer.nudge import Nudge
 from tracer.target import open_target
@@ -147,7 +148,7 @@ def test_the_main_job_goes_on_where_the_monitor_is_held(paused_qemu: Qemu) -> No
         trace.expect("resolved")
 
 
-@contextmanager
+@contextlib.contextmanager
 def audit_log(folder: Path) -> Iterator[tuple[socket.socket, tuple[str, ...]]]:
     """A log socket of our own, and the words ahead of a command that give it that one, in a mount namespace."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as log:
@@ -176,11 +177,99 @@ def test_each_nudge_leaves_an_audit_line(paused_qemu: Qemu, tmp_path: Path) -> N
             sent = """command='query-status; query-block; qemu-io d0 "aio_read -q 1 510"'"""
             assert (sent if "--qmp" in options else "command='qemu_bh_schedule(") in line
             assert "by=operator(uid 4711)" in line
-            assert "no system log" not in done.errors
+            assert "audit line is" not in done.errors
         assert nudge(paused_qemu.pid, "--force", "--yes", before=before).status == 1
         log.setblocking(False)
         with pytest.raises(BlockingIOError):
             log.recv(4096)
+
+
+def test_no_name_of_an_executable_forges_or_loses_an_audit_line(tmp_path: Path) -> None:
+    folder = os.fsencode(tmp_path) + b"/q\xff\nnudge pid=1"
+    os.mkdir(folder)
+    program = shutil.copy(
+        os.fsencode(shutil.which(STORAGE_DAEMON) or STORAGE_DAEMON), folder + b"/qemu-storage-daemon after=gone"
+    )
+    with audit_log(tmp_path) as (log, before), storage_daemon(exe=os.fsdecode(program)) as qemu:
+        faults.lose(qemu, "d0", "write")
+        done = nudge(qemu.pid, "--force", "--yes", before=before)
+        assert done.status == 0, done.errors
+        line = log.recv(4096).decode()
+        name = rf"'{tmp_path}/q\xff\nnudge pid=1/qemu-storage-daemon after=gone'"
+        assert f"nudge pid={qemu.pid} exe={name} request=0x" in line
+        assert line.isprintable()
+
+
+def test_a_log_that_nobody_reads_does_not_hold_it_up(paused_qemu: Qemu, tmp_path: Path) -> None:
+    with audit_log(tmp_path) as (log, before):
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK) as filler:
+            filler.connect(str(tmp_path / "log"))
+            with contextlib.suppress(BlockingIOError):
+                while True:
+                    filler.send(b"x")
+        faults.lose(paused_qemu, "d0", "write")
+        done = nudge(paused_qemu.pid, "--force", "--yes", before=before)
+        assert done.status == 0, done.errors
+        assert f"the audit line is: nudge pid={paused_qemu.pid} " in done.errors
+        log.close()
+        faults.lose(paused_qemu, "d0", "write")
+        done = nudge(paused_qemu.pid, "--force", "--yes", before=before)
+        assert f"the audit line is: nudge pid={paused_qemu.pid} " in done.errors
+
+
+KILLED = """
+import os, signal, sys
+from tracer import inject
+from tracer.build import read_build
+from tracer.lab.storage import Storage, storage
+from tracer.layout import RequestState
+from tracer.looking import Looker
+from tracer.memory import LiveMemory
+from tracer.nudge import Nudge
+from tracer.target import open_target
+
+at = int(sys.argv[2])
+plain, calls = inject._Stopped._ptrace, 0
+
+
+def ptrace(self, *arguments, **named):
+    global calls
+    calls += 1
+    if calls == at:
+        os.kill(os.getpid(), signal.SIGKILL)
+    plain(self, *arguments, **named)
+
+
+inject._Stopped._ptrace = ptrace
+target = open_target(int(sys.argv[1]))
+nudger = Nudge(target, read_build(target.image_path, target.exe), lambda text: None)
+nudger.force(nudger.diagnose())
+print(calls)
+"""
+
+
+INTERRUPTED = "import signal\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n" + KILLED.replace(
+    "SIGKILL", "SIGINT"
+)
+
+
+@pytest.mark.parametrize("at", [1, 2, 3, 6, 7, 12, 13])
+def test_a_call_is_named_if_it_was_made(paused_qemu: Qemu, tmp_path: Path, at: int) -> None:
+    """Interrupted at any of its steps, --force has the call in the log, or did not make it."""
+    lost = faults.lose(paused_qemu, "d0", "write")
+    with audit_log(tmp_path) as (log, before):
+        command = [*before, sys.executable, "-c", INTERRUPTED, str(paused_qemu.pid), str(at)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+        assert "KeyboardInterrupt" in done.stderr
+        log.setblocking(False)
+        lines = []
+        with contextlib.suppress(BlockingIOError):
+            lines.append(log.recv(4096).decode())
+    paused_qemu.kick("d0")
+    assert lost.still_lost() is not bool(lines)
+    assert ["command='qemu_bh_schedule(" in line for line in lines] == [True] * len(lines)
+    if not lines:
+        lost.free()
 
 
 # What it reads
@@ -584,37 +673,6 @@ def test_a_human_monitor_is_told_apart(tmp_path: Path) -> None:
         assert done.status == 1
         assert "does not speak QMP" in done.errors
         lost.free()
-
-
-KILLED = """
-import os, signal, sys
-from tracer import inject
-from tracer.build import read_build
-from tracer.lab.storage import Storage, storage
-from tracer.layout import RequestState
-from tracer.looking import Looker
-from tracer.memory import LiveMemory
-from tracer.nudge import Nudge
-from tracer.target import open_target
-
-at = int(sys.argv[2])
-plain, calls = inject._Stopped._ptrace, 0
-
-
-def ptrace(self, *arguments, **named):
-    global calls
-    calls += 1
-    if calls == at:
-        os.kill(os.getpid(), signal.SIGKILL)
-    plain(self, *arguments, **named)
-
-
-inject._Stopped._ptrace = ptrace
-target = open_target(int(sys.argv[1]))
-nudger = Nudge(target, read_build(target.image_path, target.exe), lambda text: None)
-nudger.force(nudger.diagnose())
-print(calls)
-"""
 
 
 def test_killed_in_the_middle_it_does_no_harm(watched: Qemu) -> None:
