@@ -345,9 +345,10 @@ class Interrupted(KeyboardInterrupt):
 
 
 def _interrupt(_number: int, _frame: Any) -> None:
-    # Once is enough: cleaning up must not be interrupted in its turn.
+    # Once is enough: cleaning up must not be interrupted in its turn. One that came together with this is handed
+    # to whatever stands there next, and Python complains if that is SIG_IGN.
     for number in ENDINGS:
-        signal.signal(number, signal.SIG_IGN)
+        signal.signal(number, lambda _number, _frame: None)
     # What the monitor's library was about is of no interest any more.
     import logging
 

@@ -98,10 +98,20 @@ def _code(library: Any, module: Any, name: str) -> str:
     return base64.b64encode(ct.string_at(start, library.bpf_function_size(module, name.encode()))).decode()
 
 
+def _go_first() -> None:
+    """Where memory runs out, the kernel is to end this process and no other."""
+    try:
+        with open("/proc/self/oom_score_adj", "w") as file:
+            file.write("1000")
+    except OSError:
+        pass
+
+
 def main() -> None:
     """One task. What bcc, clang or a library prints goes to standard error."""
     out = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
+    _go_first()
     task = sys.argv[1]
     if task == "version":
         version = bcc_version()

@@ -7,6 +7,7 @@ fails it in CI. Knows nothing of what the tests are about.
 from __future__ import annotations
 
 import os
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -47,3 +48,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             ring = item.path.relative_to(TESTS).parts[0]
             if ring in RINGS:
                 item.add_marker(ring)
+
+
+@pytest.fixture
+def cgroup(tmp_path: Path) -> Iterator[Path]:
+    """A control group of our own; /sys/fs/cgroup may be for reading only."""
+    require(os.geteuid() == 0, "a control group needs root")
+    mounted = tmp_path / "cgroup"
+    mounted.mkdir()
+    subprocess.run(["mount", "-t", "cgroup2", "none", mounted], check=True)
+    group = mounted / f"aio-trace-test-{os.getpid()}"
+    group.mkdir()
+    yield group
+    while "populated 1" in (group / "cgroup.events").read_text():
+        pass
+    group.rmdir()
+    subprocess.run(["umount", mounted], check=True)

@@ -11,6 +11,7 @@ import base64
 import json
 import os
 import re
+import signal
 import struct
 import sys
 from collections.abc import Mapping, Sequence
@@ -21,8 +22,11 @@ from pathlib import Path
 
 import bpf.compile
 from bpf.compile import BCC_MISSING
+from tracer import cgroup
 
 TIMEOUT_S = 120.0
+#: What LLVM and we take in a control group, about.
+MEMORY_MB = 80
 #: Where the Python of the distribution is: on RHEL 8, bcc is for the second.
 SYSTEM_PYTHONS = ("/usr/bin/python3", "/usr/libexec/platform-python")
 #: And its others, where the first has been made another than it came with.
@@ -34,6 +38,10 @@ _LOAD_64, _MAP_FD = 0x18, 1  # BPF_LD | BPF_IMM | BPF_DW, BPF_PSEUDO_MAP_FD
 
 class CompilerFailed(Exception):
     """bcc's complaint in one line; its whole output as a note."""
+
+
+class CompilerKilled(CompilerFailed):
+    """Somebody killed the compiler, as the kernel does where memory runs out; the text says what it may have."""
 
 
 class BccNotFound(Exception):
@@ -221,9 +229,17 @@ def compile_apart(source: Path, include: Path, flags: Sequence[str], programs: S
     try:
         return from_child(outcome), printed
     except (ValueError, KeyError, TypeError, AttributeError):
+        if status == -signal.SIGKILL:
+            raise CompilerKilled(_killed()) from None
         failed = CompilerFailed(_last_line(printed) or f"the compiler ended with status {status}")
         failed.add_note(printed)
         raise failed from None
+
+
+def _killed() -> str:
+    limit = cgroup.memory_limit()
+    wants = f"the compiler was killed; it needs some {MEMORY_MB} MB of memory"
+    return f"{wants}, and its control group may have {limit >> 20} MiB" if limit else wants
 
 
 def _last_line(text: str) -> str:

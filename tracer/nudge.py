@@ -65,7 +65,6 @@ WHY_NOT_FREED = (
 GONE, EXITED = "gone", "exited"
 
 HELP = {
-    STOPPED: "kill -CONT {pid}, or end the debugger",
     LOOP_BLOCKED: "end what the loop waits for; see the explanation",
     LOOP_BUSY: "wait, or look where it spends its time: perf top -p {pid}",
     UNPOLLED_KICK: "nothing from outside; save what the guest has, then restart it",
@@ -501,10 +500,12 @@ def _refusal(seen: Survey, target: Target, nothing: str) -> NudgeRefused:
     """Why a nudge is not for this, and what would help instead; `nothing` is what was not done."""
     pid = target.pid
     if seen.stopped:
-        return NudgeRefused(f"The QEMU process is stopped; {nothing}.", HELP[STOPPED].format(pid=pid))
+        return NudgeRefused(f"The QEMU process is stopped; {nothing}.", target.go_on_line())
     if seen.stuck:
         verdict: Any = seen.stuck[0].verdict
         hint = HELP.get(verdict.cause, f"sudo aio-trace --pid {pid}").format(pid=pid)
+        if verdict.cause == STOPPED:
+            hint = target.go_on_line()
         return NudgeRefused(
             f"The verdict is {verdict.cause}, which a nudge does not cure; {nothing}. {verdict.explanation}",
             hint,

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 
 import bpf
 from tracer import cache, kernel
-from tracer.compiler import BccNotFound, Compiled, CompilerFailed, bcc_version, compile_apart
+from tracer.compiler import BccNotFound, Compiled, CompilerFailed, CompilerKilled, bcc_version, compile_apart
 from tracer.elf import Image
 from tracer.errors import BccMissing, HostError, ImageError, NotPermitted, NoUprobes, ProbeError
 from tracer.kernel import EXIST, NOEXIST, UPROBE_PMU, Map
@@ -274,6 +274,8 @@ class Programs:
                     f"no Python here can import the bcc package ({missing})",
                     "apt-get install python3-bpfcc    # Debian, Ubuntu;  RHEL, Fedora: dnf install python3-bcc",
                 ) from missing
+            except CompilerKilled as killed:
+                raise ProbeError(f"could not compile the probes: {killed}", _without_probes()) from killed
             except CompilerFailed as failed:
                 return _translated("compile and load the probes", str(failed), _notes(failed))
             try:
@@ -743,6 +745,18 @@ def can_be_shared(pid: int) -> bool:
     except OSError:
         return True
     return own.st_ino in (FIRST_PID_NAMESPACE, theirs.st_ino)
+
+
+def _without_probes() -> str:
+    """The same command, and no compiler is needed."""
+    import shlex
+
+    words = sys.argv[1:]
+    if "--probes" in words[:-1]:
+        at = words.index("--probes")
+        del words[at : at + 2]
+    words = [word for word in words if not word.startswith("--probes=")]
+    return f"{shlex.join(['aio-trace', *words, '--probes', 'none'])}    # samples memory and compiles nothing"
 
 
 def _notes(error: BaseException) -> str:

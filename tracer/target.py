@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from functools import cached_property
 
+from tracer import cgroup
 from tracer.errors import OUT_OF_FILES, HostError, NoSuchProcess, NotPermitted, NotQemu, TargetExited
 from tracer.records import dataclass
 from tracer.rights import WHOLE_CONTAINER, in_pid_namespace, refusal
@@ -159,24 +160,6 @@ def _stat_fields(pid: int, tid: int | None = None) -> tuple[str, list[str]]:
     return text[text.index("(") + 1 : text.rindex(")")], text[text.rindex(")") + 2 :].split()
 
 
-def _freezers(text: str) -> Iterator[tuple[str, str]]:
-    """Where /proc/PID/cgroup leads to: a file, and the words in it that mean frozen; cgroups(7)."""
-    for line in text.splitlines():
-        _, controllers, path = line.split(":", 2)
-        if not controllers:
-            for root in ("/sys/fs/cgroup", "/sys/fs/cgroup/unified"):
-                yield f"{root}{path}/cgroup.events", "frozen 1"
-        elif "freezer" in controllers.split(","):
-            yield f"/sys/fs/cgroup/freezer{path}/freezer.state", "FROZEN"
-
-
-def _says(path: str, word: str) -> bool:
-    try:
-        return word in _read_text(path)
-    except OSError:
-        return False
-
-
 def _schedule(pid: int, tid: int) -> tuple[float | None, float | None]:
     """Seconds on a CPU and waiting for one, of /proc/PID/task/TID/schedstat; None where the kernel has none."""
     try:
@@ -213,11 +196,18 @@ class Target:
     @property
     def frozen(self) -> bool:
         """Stopped with its whole cgroup, as `docker pause` does it; the threads look asleep then."""
-        try:
-            text = _read_text(f"/proc/{self.pid}/cgroup")
-        except OSError:
-            return False
-        return any(_says(path, word) for path, word in _freezers(text))
+        return cgroup.frozen(self.pid)
+
+    def go_on_line(self) -> str:
+        """What to type to make a process that is stopped go on."""
+        if self.frozen:
+            thaw = cgroup.thaw_line(self.pid) or "docker unpause CONTAINER"
+            return f"{thaw}    # its control group is frozen, as docker pause does it"
+        with suppress(OSError):
+            found = re.search(r"^TracerPid:\s*([1-9]\d*)", _read_text(f"/proc/{self.pid}/status"), re.M)
+            if found:
+                return f"ps -p {found[1]}    # this debugger holds it"
+        return f"kill -CONT {self.pid}"
 
     def check_alive(self) -> None:
         """Raise TargetExited unless `alive`."""

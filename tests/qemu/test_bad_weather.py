@@ -307,6 +307,34 @@ def test_bcc_is_not_needed_without_probes(qemu: Qemu, tmp_path: Path) -> None:
     assert (done.returncode, [event["event"] for event in events_of(done.stdout)]) == (0, ["attached", "summary"])
 
 
+@pytest.fixture
+def little_memory() -> Iterator[Path]:
+    """A control group that may have too little memory for a compiler."""
+    first = Path("/sys/fs/cgroup/memory")
+    group = (first if first.exists() else Path("/sys/fs/cgroup")) / f"aio-trace-test-{os.getpid()}"
+    try:
+        group.mkdir()
+        limit = group / ("memory.limit_in_bytes" if first.exists() else "memory.max")
+        limit.write_text(f"{60 << 20}")
+    except OSError as error:
+        require(False, f"no control group for memory can be made: {error}")
+    yield group
+    while (group / "cgroup.procs").read_text():
+        pass
+    group.rmdir()
+
+
+def test_the_compiler_is_killed_for_want_of_memory(qemu: Qemu, little_memory: Path, tmp_path: Path) -> None:
+    """What it may have is said, and the line to paste needs no compiler, and less."""
+    prefix = ["sh", "-c", f'echo $$ >{little_memory}/cgroup.procs; exec "$@"', "sh"]
+    empty = {**os.environ, "XDG_CACHE_HOME": str(tmp_path)}
+    done = run("--pid", str(qemu.pid), "--probes", "full", "--duration", "1ms", prefix=prefix, env=empty)
+    assert_told(
+        done, "compiler was killed; .* may have 60 MiB", f"aio-trace --pid {qemu.pid} --duration 1ms --probes none"
+    )
+    assert run("--pid", str(qemu.pid), "--duration", "1ms", "--probes", "none", prefix=prefix).returncode == 0
+
+
 def test_the_kernel_refuses(qemu: Qemu) -> None:
     """Root without the capabilities, as in many containers."""
     prefix = ["setpriv", "--bounding-set=-sys_admin,-bpf,-perfmon", "--inh-caps=-sys_admin,-bpf,-perfmon"]

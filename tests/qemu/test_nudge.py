@@ -603,6 +603,25 @@ def test_a_stopped_process_is_refused(watched: Qemu) -> None:
     assert by_force(watched).status == 0
 
 
+def test_a_frozen_process_is_thawed_not_continued(watched: Qemu, cgroup: Path) -> None:
+    """The hint is the line that thaws it: a SIGCONT does nothing for a frozen control group."""
+    faults.lose(watched, "d0", "write")
+    (cgroup / "cgroup.procs").write_text(str(watched.pid))
+    (cgroup / "cgroup.freeze").write_text("1")
+    try:
+        watched.wait_until(lambda: open_target(watched.pid).frozen, what="the group to be frozen")
+        done = nudge(watched.pid, "--qmp", str(watched.spare_monitor), "--force", "--yes")
+        assert done.status == 1
+        assert "kill -CONT" not in done.errors
+        (line,) = [line for line in done.errors.splitlines() if "try: " in line]
+        subprocess.run(line.split("try: ")[1], shell=True, check=True)
+        watched.wait_until(lambda: not open_target(watched.pid).frozen, what="the group to be thawed")
+    finally:
+        (cgroup / "cgroup.freeze").write_text("0")
+        (cgroup.parent / "cgroup.procs").write_text(str(watched.pid))
+    assert by_force(watched).status == 0
+
+
 def test_a_stuck_loop_is_refused(paused_qemu: Qemu) -> None:
     pool = faults.pool_of(paused_qemu, "d0")
     with faults.stalled_completion(paused_qemu, "d0", pool):

@@ -312,6 +312,23 @@ def test_a_signal_just_before_the_answer_is_not_lost() -> None:
     assert aio_trace(code=code).stdout == "interrupted\n"
 
 
+def test_two_signals_at_once_interrupt_once() -> None:
+    """Ctrl-C and the SIGTERM of whoever gave it, before Python comes to either; and a third that is late."""
+    code = (
+        "import os, signal, cli\n"
+        "cli._unwind_at_signals()\n"
+        "try:\n"
+        "    signal.pthread_sigmask(signal.SIG_BLOCK, cli.ENDINGS)\n"
+        "    for number in cli.ENDINGS: os.kill(os.getpid(), number)\n"
+        "    signal.pthread_sigmask(signal.SIG_UNBLOCK, cli.ENDINGS)\n"
+        "except cli.Interrupted: print('interrupted')\n"
+        "os.kill(os.getpid(), signal.SIGTERM)\n"
+        "print('cleaned up')\n"
+    )
+    done = aio_trace(code=code)
+    assert (done.stdout, done.stderr) == ("interrupted\ncleaned up\n", "")
+
+
 @pytest.mark.parametrize(
     ("typed", "agreed", "asked"),
     [

@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[2]
 STAGES: tuple[tuple[str, ...], ...] = (
     ("tracer", "bpf", "tracer.text"),
     ("tracer.errors", "tracer.cache", "tracer.records", "tracer.kernel", "tracer.output"),
-    ("tracer.rights", "tracer.hit_cost", "tracer.layout", "tracer.known_bugs", "tracer.budget"),
+    ("tracer.rights", "tracer.cgroup", "tracer.hit_cost", "tracer.layout", "tracer.known_bugs", "tracer.budget"),
     ("tracer.trial", "tracer.maps", "tracer.compiler"),
     ("tracer.target", "tracer.elf"),
     ("tracer.debug_files",),

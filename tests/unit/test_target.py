@@ -173,22 +173,6 @@ def test_a_stopped_process(child: subprocess.Popen[bytes]) -> None:
     assert all(thread.stopped for thread in open_target(child.pid).threads())
 
 
-@pytest.fixture
-def cgroup(tmp_path: Path) -> Iterator[Path]:
-    """A control group of our own; /sys/fs/cgroup may be for reading only."""
-    require(os.geteuid() == 0, "a control group needs root")
-    mounted = tmp_path / "cgroup"
-    mounted.mkdir()
-    subprocess.run(["mount", "-t", "cgroup2", "none", mounted], check=True)
-    group = mounted / f"aio-trace-test-{os.getpid()}"
-    group.mkdir()
-    yield group
-    while "populated 1" in (group / "cgroup.events").read_text():
-        pass
-    group.rmdir()
-    subprocess.run(["umount", mounted], check=True)
-
-
 def test_a_frozen_process(cgroup: Path, child: subprocess.Popen[bytes]) -> None:
     """`docker pause`: its threads look as if they slept."""
     found = open_target(child.pid)
