@@ -27,6 +27,8 @@ from tracer.errors import CommandRefused, MonitorBusy, MonitorDead, MonitorError
 from tracer.target import Target, looks_like_qemu
 
 TIMEOUT_S = 5.0
+#: What libvirt says while an earlier command of its own is not answered.
+LOCKED = "cannot acquire state change lock"
 #: How long to wait for the connection itself to be given back.
 GOODBYE_S = 1.0
 # Columns of /proc/net/unix: flags of a socket that listens, state of one that is served.
@@ -188,6 +190,9 @@ class VirshMonitor:
             raise MonitorError(f"virsh cannot be run: {error.strerror}") from error
         if done.returncode:
             why = _short(done.stderr) if done.stderr.strip() else _ending(done.returncode)
+            if LOCKED in done.stderr:
+                what = f"libvirt waits for an earlier command on this domain and takes no other ({why})"
+                raise MonitorDead(what, force_hint(self._target))
             raise MonitorError(f"virsh failed: {why}", f"virsh domstate {pasted(self._domain)}")
         try:
             answer = json.loads(done.stdout)
@@ -236,11 +241,37 @@ def busy(path: str, target: Target) -> MonitorBusy:
 
 
 def _connected(path: str, target: Target, timeout_s: float) -> socket.socket:
-    """A connection to `path`, proved to be the target's."""
+    """A connection to `path`, ours or the one in QEMU's container, proved to be the target's."""
+    try:
+        return _connected_at(path, path, target, timeout_s)
+    except MonitorBusy:
+        raise
+    except MonitorError:
+        inside = _inside(path, target)
+        if inside is None:
+            raise
+        return _connected_at(inside, path, target, timeout_s)
+
+
+def _inside(path: str, target: Target) -> str | None:
+    """Where the container's own file of that path is to be found from here; None if there is none but ours."""
+    inside = f"/proc/{target.pid}/root{path}"
+    try:
+        found = os.stat(inside) if path.startswith("/") else None
+    except (OSError, ValueError):
+        return None
+    with suppress(OSError, ValueError):
+        if found and os.path.samestat(found, os.stat(path)):
+            return None
+    return inside if found else None
+
+
+def _connected_at(place: str, path: str, target: Target, timeout_s: float) -> socket.socket:
+    """A connection to the socket at `place`, which people know as `path`."""
     connection = socket.socket(socket.AF_UNIX)
     connection.settimeout(timeout_s)
     try:
-        connection.connect(path)
+        connection.connect(place)
         _check_owner(connection, target, path)
     except TimeoutError as error:
         connection.close()
@@ -278,7 +309,7 @@ def _check_owner(connection: socket.socket, target: Target, path: str) -> None:
     """Raise MonitorError unless the target itself listens there.
 
     The kernel tells who called listen(). That may have been libvirt, which hands the listening socket
-    on: then the target must have it among its files.
+    on: then the target must have it among its files, and no other process listens at a socket of that name.
     """
     peer = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
     pid: int = struct.unpack("3i", peer)[0]
@@ -286,7 +317,7 @@ def _check_owner(connection: socket.socket, target: Target, path: str) -> None:
         return
     name = connection.getpeername()
     inodes = {row.inode for row in _sockets(target.pid) if row.path == name and row.flags & LISTENS}
-    if not _has_socket(target.pid, inodes):
+    if not _has_sockets(target.pid, inodes):
         raise MonitorError(
             f"the socket {path} belongs to process {pid or 'unknown'}, not to {target.pid}; nothing was sent",
             f"sudo aio-trace nudge --pid {pid} --qmp {pasted(path)}" if looks_like_qemu(pid) else _own_monitors(target),
@@ -309,14 +340,14 @@ def _sockets(pid: int) -> list[_Row]:
     return []
 
 
-def _has_socket(pid: int, inodes: set[int]) -> bool:
-    links = {f"socket:[{inode}]" for inode in inodes}
+def _has_sockets(pid: int, inodes: set[int]) -> bool:
+    """Whether the process has all of these among its files, and there are any."""
+    missing = {f"socket:[{inode}]" for inode in inodes}
     with suppress(OSError):
         for name in os.listdir(f"/proc/{pid}/fd"):
             with suppress(OSError):
-                if os.readlink(f"/proc/{pid}/fd/{name}") in links:
-                    return True
-    return False
+                missing.discard(os.readlink(f"/proc/{pid}/fd/{name}"))
+    return bool(inodes) and not missing
 
 
 def _ending(status: int) -> str:

@@ -451,6 +451,23 @@ def test_what_virsh_should_not_say(tmp_path: Path) -> None:
         lost.free()
 
 
+BUSY = "Timed out during operation: cannot acquire state change lock (held by monitor=remoteDispatchQemuMonitorCommand)"
+
+
+def test_libvirt_waits_for_an_earlier_command(tmp_path: Path) -> None:
+    """A hung monitor behind libvirt is what --force is for."""
+    with paused(extra=GUEST) as qemu:
+        lost = faults.lose(qemu, "d0", "write")
+        environment = virsh(tmp_path, qemu, f"sys.exit({f'error: {BUSY}'!r})")
+        done = nudge(qemu.pid, "--via", "virsh", environment=environment)
+        assert done.status == 1
+        assert "waits for an earlier command" in done.errors
+        assert f"nudge --pid {qemu.pid} --force" in done.errors
+        assert lost.still_lost()
+        done = nudge(qemu.pid, "--via", "virsh", "--force", "--yes", environment=environment)
+        assert done.status == 0, done.errors
+
+
 REFUSES_THE_SECOND = """
 if "human-monitor-command" in message and os.path.exists(__file__ + ".first"):
     print('{"error": {"desc": "not now"}}')

@@ -6,17 +6,19 @@ import json
 import os
 import re
 import shutil
+import socket
 import stat
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.conftest import require
+from tests.qemu.nudging import nudge
 from tests.qemu.tracing import ROOT, Trace, traced
 from tracer.lab import faults
 from tracer.lab.qemu import STORAGE_DAEMON, SYSTEM, Drive, Qemu, paused, storage_daemon
@@ -233,6 +235,28 @@ def test_a_number_from_inside_a_container_is_explained(small_root: Path) -> None
             )
             assert done.returncode == 1
             assert f"--pid {qemu.pid}" in done.stderr.splitlines()[-1]
+
+
+def test_a_monitor_is_found_in_its_container(small_root: Path) -> None:
+    """By the path on QEMU's own command line, also where this host has another socket of that path."""
+    with paused(chroot=small_root, exe=f"/usr/bin/{SYSTEM}", contained=True) as qemu, ExitStack() as undo:
+        inside = "/" + str(qemu.spare_monitor.relative_to(small_root))
+        for foreign in (False, True):
+            if foreign:
+                Path(inside).parent.mkdir(parents=True)
+                undo.callback(shutil.rmtree, Path(inside).parent)
+                other = undo.enter_context(closing(socket.socket(socket.AF_UNIX)))
+                other.bind(inside)
+                other.listen()
+            lost = faults.lose(qemu, "d0", "write")
+            done = nudge(qemu.pid, "--qmp", inside)
+            assert done.status == 0, done.errors
+            assert not lost.still_lost()
+        lost = faults.lose(qemu, "d0", "write")
+        done = nudge(qemu.pid, "--qmp", f"{inside}.not")
+        assert done.status == 1
+        assert "there is no socket" in done.errors
+        lost.free()
 
 
 def test_helpers_of_qemu_are_not_taken_for_one(tmp_path: Path) -> None:
