@@ -13,6 +13,7 @@ PACKAGES_MATRIX := $(PACKAGES_TEST) debootstrap
 PACKAGES_BENCH := $(PACKAGES_TEST) bpftrace bpfcc-tools linux-perf strace
 
 RINGS := tests/unit tests/kernel tests/qemu
+SOURCES := cli.py tracer bpf bench tests
 
 # Under sudo the files made in the tree go back to whoever owns it.
 GIVE_BACK := if [ -n "$$SUDO_UID" ]; then \
@@ -64,6 +65,7 @@ lint: packages-run $(VENV)/.dev
 	@$(BIN)/ruff format --check .
 	@$(BIN)/ruff check .
 	@$(BIN)/mypy
+	@$(BIN)/vermin --quiet --no-tips --violations --no-parse-comments --target=3.9- --exclude-regex '/targets/' $(SOURCES)
 
 .PHONY: format
 format: packages-run $(VENV)/.dev ## Format the code and mend what ruff can mend

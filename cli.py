@@ -53,44 +53,36 @@ UNITS_S = {"us": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0}
 MAX_DURATION_S = 365 * 24 * 3600.0
 
 
-class Duration(click.ParamType[float]):
-    """A duration: 500ms, 1s, 2m; the value is in seconds. `zero` says what 0 means, None that it is refused."""
-
-    name = "duration"
-
-    def __init__(self, zero: str | None = None) -> None:
-        self._zero = zero
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
-        """Seconds; fails with one sentence."""
-        if isinstance(value, float):
-            return value
-        found = re.fullmatch(r"(\d+(?:\.\d+)?)(us|ms|s|m|h)?", str(value).strip(), re.ASCII)
-        if not found or (found[2] is None and float(found[1])):
-            self.fail(f"{value!r} is no duration; write it as 500ms, 1s or 2m.", param, ctx)
-        seconds = float(found[1]) * UNITS_S[found[2] or "s"]
-        if not seconds and self._zero is None:
-            self.fail(f"{value!r} is too short; write it as 500ms, 1s or 2m.", param, ctx)
-        if seconds > MAX_DURATION_S:
-            self.fail(f"{value!r} is longer than a year.", param, ctx)
-        return seconds
+# Types of options: click asks functions what a text means, and names the option where they refuse it.
 
 
-class Share(click.ParamType[float]):
-    """A share of one processor: 5%, 0.5%; the value is a part of one, 0.0 for `none`."""
+def duration(text: str) -> float:
+    """A duration in seconds: 500ms, 1s, 2m. Raises BadParameter with one sentence."""
+    seconds = duration_or_none(text)
+    if not seconds:
+        raise click.BadParameter(f"{text!r} is too short; write it as 500ms, 1s or 2m.")
+    return seconds
 
-    name = "share"
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
-        """The part; fails with one sentence."""
-        if isinstance(value, float):
-            return value
-        if str(value).strip() in ("none", "0", "0%"):
-            return 0.0
-        found = re.fullmatch(r"(\d+(?:\.\d+)?)%", str(value).strip(), re.ASCII)
-        if not found or not 0.01 <= float(found[1]) <= 1000:
-            self.fail(f"{value!r} is no budget; write it as 5% or 0.5%, or none for no limit.", param, ctx)
-        return float(found[1]) / 100
+def duration_or_none(text: str) -> float:
+    """As duration(), and 0 stands for none."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)(us|ms|s|m|h)?", text.strip(), re.ASCII)
+    if not found or (found[2] is None and float(found[1])):
+        raise click.BadParameter(f"{text!r} is no duration; write it as 500ms, 1s or 2m.")
+    seconds = float(found[1]) * UNITS_S[found[2] or "s"]
+    if seconds > MAX_DURATION_S:
+        raise click.BadParameter(f"{text!r} is longer than a year.")
+    return seconds
+
+
+def share(text: str) -> float:
+    """A share of one processor, 5% or 0.5%, as a part of one; 0.0 for `none`. Raises BadParameter with one sentence."""
+    if text.strip() in ("none", "0", "0%"):
+        return 0.0
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)%", text.strip(), re.ASCII)
+    if not found or not 0.01 <= float(found[1]) <= 1000:
+        raise click.BadParameter(f"{text!r} is no budget; write it as 5% or 0.5%, or none for no limit.")
+    return float(found[1]) / 100
 
 
 class Streams:
@@ -195,26 +187,28 @@ CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 @click.option("--all", "everything", is_flag=True, help="Trace every QEMU on this host.")
 @click.option(
     "--deadline",
-    type=Duration(),
+    type=duration,
     default="1s",
     show_default=True,
     help="How long a finished request may wait for its callback.",
 )
 @click.option(
     "--slow",
-    type=Duration(zero="none"),
+    type=duration_or_none,
+    metavar="DURATION",
     default="10s",
     show_default=True,
     help="How long a request may take to be finished; 0 for no such alerts.",
 )
 @click.option(
     "--interval",
-    type=Duration(zero="none"),
+    type=duration_or_none,
+    metavar="DURATION",
     default="5s",
     show_default=True,
     help="A table every so often; 0 for none.",
 )
-@click.option("--duration", type=Duration(), default=None, help="Stop by itself after this time.")
+@click.option("--duration", type=duration, default=None, help="Stop by itself after this time.")
 @click.option(
     "--probes",
     "mode",
@@ -225,7 +219,7 @@ CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 )
 @click.option(
     "--budget",
-    type=Share(),
+    type=share,
     default="5%",
     show_default=True,
     help="What the probes on a QEMU may cost, of one processor; beyond it fewer are used. none: no limit.",
@@ -409,7 +403,7 @@ def _retyped(pid: int) -> Callable[..., str]:
 )
 @click.option(
     "--deadline",
-    type=Duration(),
+    type=duration,
     default="200ms",
     show_default=True,
     help="A request that does not go on for this long is overdue.",
@@ -625,7 +619,7 @@ def check(pid: int | None, exe: str | None, locate: str | None, as_json: bool, v
 @click.option("--force", is_flag=True, help="If the monitor does not free it: one call inside QEMU.")
 @click.option("--yes", is_flag=True, help="Do not ask before --force.")
 @click.option(
-    "--timeout", type=Duration(), default="5s", show_default=True, help="How long to wait for each of its answers."
+    "--timeout", type=duration, default="5s", show_default=True, help="How long to wait for each of its answers."
 )
 @click.option("--json", "as_json", is_flag=True, help="One JSON object a request on standard output.")
 @click.option("-v", "--verbose", is_flag=True, help="Say more.")

@@ -188,7 +188,7 @@ def as_json(value: object) -> Any:
         return {field.name: as_json(getattr(value, field.name)) for field in dataclasses.fields(value)}
     if isinstance(value, Mapping):
         return {str(key): as_json(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
+    if isinstance(value, (list, tuple)):
         return [as_json(item) for item in value]
     if isinstance(value, float) and not math.isfinite(value):
         return None

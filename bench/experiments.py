@@ -85,7 +85,7 @@ def start_ratio(found: dict[str, Start], above: str, below: str, name: str) -> E
     """One figure of one tracer against another's, by round."""
     if above not in found or below not in found:
         return None
-    pairs = list(zip(getattr(found[above], name), getattr(found[below], name), strict=False))
+    pairs = list(zip(getattr(found[above], name), getattr(found[below], name)))
     return ratio([a for a, _ in pairs], [b for _, b in pairs]) if pairs else None
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import subprocess
-from datetime import UTC, datetime
+from datetime import datetime, timezone
 from pathlib import Path
 
 from tracer import __version__
@@ -16,7 +16,7 @@ UNKNOWN = "unknown"
 def header() -> dict[str, str]:
     """What belongs above every table."""
     return {
-        "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         "kernel": f"{os.uname().release} {os.uname().machine}",
         "CPU": f"{_cpu_model()}, {os.cpu_count()} cores, {_virtualised()}",
         "load average before": " ".join(f"{value:.2f}" for value in os.getloadavg()),

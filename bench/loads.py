@@ -136,7 +136,7 @@ class Load:
         began, before = time.monotonic(), self._read(tracers)
         time.sleep(seconds)
         ended, after = time.monotonic(), self._read(tracers)
-        requests, target, tracer = (now - then for now, then in zip(after, before, strict=True))
+        requests, target, tracer = (now - then for now, then in zip(after, before))
         return Slice(ended - began, int(requests), target, tracer if tracers else None)
 
     def _read(self, tracers: tuple[int, ...]) -> tuple[float, float, float]:

@@ -122,12 +122,11 @@ def median_of(found: Estimate | None) -> str:
 
 def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     """A table with columns as wide as they need; all but the first to the right."""
-    widths = [max(len(cell) for cell in column) for column in zip(head, *rows, strict=True)]
+    widths = [max(len(cell) for cell in column) for column in zip(head, *rows)]
 
     def line(cells: Sequence[str]) -> str:
         padded = [
-            cell.rjust(width) if index else cell.ljust(width)
-            for index, (cell, width) in enumerate(zip(cells, widths, strict=True))
+            cell.rjust(width) if index else cell.ljust(width) for index, (cell, width) in enumerate(zip(cells, widths))
         ]
         return f"| {' | '.join(padded)} |"
 

@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 from tracer.elf import Image
 from tracer.errors import LabError
@@ -137,7 +137,7 @@ class Run:
     pids: tuple[int, ...] = ()
     process: subprocess.Popen[bytes] = field(init=False)
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> Run:
         self.folder.mkdir(parents=True)
         try:
             self.tracer.prepare(self.target, self.folder)

@@ -23,6 +23,7 @@ from pathlib import Path
 import bpf.compile
 from bpf.compile import BCC_MISSING
 from tracer import cgroup
+from tracer.errors import add_note
 
 TIMEOUT_S = 120.0
 #: What LLVM and we take in a control group, about.
@@ -232,7 +233,7 @@ def compile_apart(source: Path, include: Path, flags: Sequence[str], programs: S
         if status == -signal.SIGKILL:
             raise CompilerKilled(_killed()) from None
         failed = CompilerFailed(_last_line(printed) or f"the compiler ended with status {status}")
-        failed.add_note(printed)
+        add_note(failed, printed)
         raise failed from None
 
 

@@ -278,7 +278,7 @@ class CoreFile:
                 continue
             (tid,) = struct.unpack_from("<i", data, PRSTATUS_PID)
             values = struct.unpack_from(f"<{len(REGISTERS)}Q", data, PRSTATUS_REGISTERS)
-            found.setdefault(tid, CoreThread(tid, dict(zip(REGISTERS, values, strict=True))))
+            found.setdefault(tid, CoreThread(tid, dict(zip(REGISTERS, values))))
         return tuple(found.values())
 
     def _process(self, notes: list[bytes]) -> tuple[int, str]:

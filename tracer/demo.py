@@ -6,6 +6,7 @@ Knows: the order of the story. Everything it does to a QEMU, it does to the lab'
 from __future__ import annotations
 
 import queue
+import shutil
 import tempfile
 import threading
 import time
@@ -37,12 +38,13 @@ DRAIN_STEPS = 3
 def private_folder() -> Iterator[None]:
     """Temporary files go into a folder of their own meanwhile: an interruption at any moment leaves none."""
     before = tempfile.tempdir
-    with tempfile.TemporaryDirectory(prefix="demo-", ignore_cleanup_errors=True) as folder:
-        tempfile.tempdir = folder
-        try:
-            yield
-        finally:
-            tempfile.tempdir = before
+    folder = tempfile.mkdtemp(prefix="demo-")
+    tempfile.tempdir = folder
+    try:
+        yield
+    finally:
+        tempfile.tempdir = before
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 class Demo:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Callable, Mapping
 from dataclasses import field
+from typing import Union
 
 from tracer.elf import Image
 from tracer.errors import AioTraceError, ImageError
@@ -21,7 +22,7 @@ _MAX_STACK = 64
 
 # Rules for a register: DWARF 5, section 6.4.1.
 UNDEFINED, SAME, OFFSET, VAL_OFFSET, REGISTER, EXPRESSION, VAL_EXPRESSION = range(7)
-Rule = tuple[int, int | bytes]
+Rule = tuple[int, Union[int, bytes]]
 
 # Lengths of the pointer encodings that have a fixed one (low four bits); 0 is an absolute pointer.
 _POINTER_SIZES = {0x0: 8, 0x2: 2, 0x3: 4, 0x4: 8, 0xA: 2, 0xB: 4, 0xC: 8}

@@ -136,6 +136,11 @@ class LabError(AioTraceError):
     """The lab could not start, fault or free its own throw-away QEMU."""
 
 
+def add_note(error: BaseException, text: str) -> None:
+    """What `-v` shows besides the message; as the method of that name that exceptions have since Python 3.11."""
+    error.__dict__.setdefault("__notes__", []).append(text)
+
+
 def folder_hint(path: str) -> str:
     """What shows what there is instead of a file that is not."""
     return f"ls -l {pasted(path.rstrip('/').rpartition('/')[0] or ('/' if path.startswith('/') else '.'))}"

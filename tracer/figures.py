@@ -17,7 +17,7 @@ def combined(some: Iterable[Statistics]) -> Statistics:
     for statistics in some:
         for name in COUNTERS:
             setattr(total, name, getattr(total, name) + getattr(statistics, name))
-        for mine, theirs in zip(total.stages, statistics.stages, strict=True):
+        for mine, theirs in zip(total.stages, statistics.stages):
             _merge(mine, theirs)
     return total
 
@@ -37,7 +37,7 @@ def grouped(
 def _merge(mine: Histogram, theirs: Histogram) -> None:
     if any(theirs.buckets):
         mine.max_ns = max(mine.max_ns, theirs.max_ns)
-        mine.buckets = [a + b for a, b in zip(mine.buckets, theirs.buckets, strict=True)]
+        mine.buckets = [a + b for a, b in zip(mine.buckets, theirs.buckets)]
 
 
 def difference(now: Statistics, then: Statistics) -> Statistics:
@@ -45,12 +45,12 @@ def difference(now: Statistics, then: Statistics) -> Statistics:
     result = Statistics()
     for name in COUNTERS:
         setattr(result, name, max(0, getattr(now, name) - getattr(then, name)))
-    result.stages = [_difference(a, b) for a, b in zip(now.stages, then.stages, strict=True)]
+    result.stages = [_difference(a, b) for a, b in zip(now.stages, then.stages)]
     return result
 
 
 def _difference(now: Histogram, then: Histogram) -> Histogram:
-    buckets = [max(0, a - b) for a, b in zip(now.buckets, then.buckets, strict=True)]
+    buckets = [max(0, a - b) for a, b in zip(now.buckets, then.buckets)]
     highest = max((index for index, count in enumerate(buckets) if count), default=None)
     if highest is None:
         return Histogram()

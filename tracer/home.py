@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import re
 import struct
-from itertools import pairwise
 
 from tracer.errors import FaultError
 from tracer.records import dataclass
@@ -123,7 +122,7 @@ def notifiers(data: bytes, context: int) -> set[int]:
     while it is empty; where that shows, only that number counts.
     """
     words = struct.unpack(f"<{len(data) // 4}i", data[: len(data) // 4 * 4])
-    pairs = {4 * index: a for index, (a, b) in enumerate(pairwise(words)) if a == b and a > 2}
+    pairs = {4 * index: a for index, (a, b) in enumerate(zip(words, words[1:])) if a == b and a > 2}
     proved = {fd for offset, fd in pairs.items() if offset >= SLICES and _empty_list(data, context, offset - SLICES)}
     return proved or set(pairs.values())
 

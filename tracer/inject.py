@@ -382,7 +382,7 @@ class _Stopped:
     def registers(self) -> dict[str, int]:
         values = (ctypes.c_uint64 * len(REGISTERS))()
         self._ptrace(PTRACE_GETREGS, data=ctypes.addressof(values))
-        return dict(zip(REGISTERS, values, strict=True))
+        return dict(zip(REGISTERS, values))
 
     def set_registers(self, registers: dict[str, int]) -> None:
         values = (ctypes.c_uint64 * len(REGISTERS))(*(registers[name] for name in REGISTERS))

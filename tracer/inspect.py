@@ -13,7 +13,6 @@ import shlex
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from itertools import pairwise
 
 from tracer import home, posix_aio
 from tracer.build import Build, Loaded, load
@@ -503,7 +502,7 @@ def _persistent(watched: _Watched) -> list[Request]:
     """
     whole = watched.whole or (watched.last,)
     last = whole[-1].listed
-    kept = all(_grew(then.listed, now.listed) for then, now in pairwise(whole))
+    kept = all(_grew(then.listed, now.listed) for then, now in zip(whole, whole[1:]))
     stands_still = kept and 2 * len(whole) > len(watched.snapshots)
     behind = [_behind(snapshot.listed) for snapshot in whole]
     found = []
@@ -518,7 +517,7 @@ def _persistent(watched: _Watched) -> list[Request]:
         if request.state == RequestState.THREAD_QUEUED and len(whole) < min(2, len(watched.snapshots)):
             continue
         sets = [places[request.address] for places in behind]
-        if all(later <= earlier for earlier, later in pairwise(sets)):
+        if all(later <= earlier for earlier, later in zip(sets, sets[1:])):
             found.append(request)
     return found
 

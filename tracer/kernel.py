@@ -20,6 +20,8 @@ from contextlib import suppress
 from itertools import islice
 from typing import Final
 
+from tracer.errors import add_note
+
 UPROBE_PMU = "/sys/bus/event_source/devices/uprobe/type"
 
 _CALLS: Final = {"x86_64": (321, 298), "aarch64": (280, 241)}
@@ -190,7 +192,7 @@ def load(instructions: bytes, multi: bool) -> int:
         try:
             return _load(code, multi, log)
         except OSError:
-            error.add_note(log.value.decode(errors="replace"))
+            add_note(error, log.value.decode(errors="replace"))
             raise error from None
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes as ct
 from dataclasses import field
+from typing import Optional
 
 from tracer.records import dataclass
 
@@ -94,7 +95,7 @@ class KindStatistics(ct.Structure):
 COUNTERS = ("submitted", "done", "completed", "cancelled", "no_callback", "before", "map_full", "late", "missed")
 
 #: A kind and the file descriptor that it is on, None where that is not known.
-Subject = tuple[str, int | None]
+Subject = tuple[str, Optional[int]]
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ import bpf
 from tracer import cache, kernel
 from tracer.compiler import BccNotFound, Compiled, CompilerFailed, CompilerKilled, bcc_version, compile_apart
 from tracer.elf import Image
-from tracer.errors import BccMissing, HostError, ImageError, NotPermitted, NoUprobes, ProbeError
+from tracer.errors import BccMissing, HostError, ImageError, NotPermitted, NoUprobes, ProbeError, add_note
 from tracer.kernel import EXIST, NOEXIST, UPROBE_PMU, Map
 from tracer.layout import ElementLayout
 from tracer.maps import (
@@ -778,5 +778,5 @@ def _translated(what: str, reason: str, output: str) -> ProbeError | NotPermitte
 
         hint = f"{shlex.join(['aio-trace', '-v', *sys.argv[1:]])}    # shows all that BCC printed"
         translated = ProbeError(f"could not {what}: {reason}", hint)
-    translated.add_note(output)
+    add_note(translated, output)
     return translated

@@ -78,7 +78,8 @@ else:
 
         def _make_init(self):
             fields = dataclasses.fields(self._cls)
-            if hasattr(self._cls, "__post_init__") or not all(field.init and not field.kw_only for field in fields):
+            odd = [field for field in fields if not field.init or getattr(field, "kw_only", False)]
+            if odd or hasattr(self._cls, "__post_init__"):
                 raise TypeError(f"{self._cls.__qualname__} has what tracer.records does not know")
             known = {"set_": object.__setattr__, "none_": object()}
             arguments, lines = [], []

@@ -173,7 +173,7 @@ class _Task(Generic[T]):
             if len(data) == 8 * len(REGISTERS):
                 words = [int.from_bytes(data[at : at + 8], "little") for at in range(0, len(data), 8)]
                 floating = self._register_set(tid, NT_PRFPREG, _FLOATING_SIZE)
-                return ThreadRegisters(tid, dict(zip(REGISTERS, words, strict=True)), floating)
+                return ThreadRegisters(tid, dict(zip(REGISTERS, words)), floating)
         return _from_proc(tid, self.target.thread(tid))
 
     def _register_set(self, tid: int, kind: int, size: int) -> bytes:
@@ -199,7 +199,7 @@ def _from_proc(tid: int, thread: Thread | None) -> ThreadRegisters:
     call = thread.syscall if thread else None
     values["orig_rax"] = (1 << 64) - 1
     if call is not None:
-        values |= dict(zip(SYSCALL_ARGUMENTS, call.args, strict=True))
+        values |= dict(zip(SYSCALL_ARGUMENTS, call.args))
         values |= {"orig_rax": call.number, "rax": (1 << 64) - 4, "rip": call.pc, "rsp": call.sp}
     return ThreadRegisters(tid, values, partial=True)
 

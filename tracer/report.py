@@ -11,7 +11,7 @@ import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, fields, is_dataclass, replace
-from datetime import UTC, datetime
+from datetime import datetime, timezone
 from functools import cache
 from typing import Any, Protocol, TextIO, TypeVar
 
@@ -51,6 +51,7 @@ WIDTH = 79
 NAME = "aio-trace"
 
 T = TypeVar("T")
+_NO_SPACE = "\N{BRAILLE PATTERN BLANK}"  # looks like one, and is as wide
 
 
 def shown(value: T) -> T:
@@ -119,7 +120,7 @@ class Writer(Protocol):
 
 def rfc3339(time: float) -> str:
     """Seconds since the epoch as RFC 3339 in UTC, with milliseconds."""
-    return datetime.fromtimestamp(time, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+    return datetime.fromtimestamp(time, timezone.utc).isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
 def as_hex(value: int | None) -> str | None:
@@ -441,15 +442,7 @@ class TableWriter:
         rows = [row for row in rows if row[1]]
         if not rows:
             return ""
-        from tabulate import tabulate
-
-        return tabulate(
-            rows,
-            headers=["", "requests", "p50", "p90", "p99", "max"],
-            colalign=("left", *["right"] * 5),
-            tablefmt="plain",
-            preserve_whitespace=True,
-        )
+        return _table(rows, ["", "requests", "p50", "p90", "p99", "max"], colalign=("left", *["right"] * 5))
 
     def _alert(self, event: Alert) -> None:
         alike = (event.cause, event.pool)
@@ -548,12 +541,25 @@ def checked_text(event: Checked, verbose: bool = False) -> str:
 
 def _rows(rows: Sequence[Sequence[str]], headers: Sequence[str]) -> str:
     """A plain table whose last column is wrapped at WIDTH."""
-    columns = list(zip(headers, *rows, strict=True))
+    columns = list(zip(headers, *rows))
     taken = sum(max(len(cell) for cell in column) + 2 for column in columns[:-1])
     wrap = [None] * (len(headers) - 1) + [WIDTH - taken]
+    return _table(rows, headers, maxcolwidths=wrap, disable_numparse=True)
+
+
+def _table(rows: Sequence[Sequence[object]], headers: Sequence[str], **form: Any) -> str:
+    """A plain table; a first column that is indented stays so.
+
+    tabulate takes spaces away, and how it is told not to depends on its version: so they are none meanwhile.
+    """
     from tabulate import tabulate
 
-    return tabulate(rows, headers, tablefmt="plain", maxcolwidths=wrap, preserve_whitespace=True, disable_numparse=True)
+    def held(text: object) -> str:
+        return re.sub("^ +", lambda indent: _NO_SPACE * len(indent[0]), str(text))
+
+    marked = [[held(first), *rest] for first, *rest in rows]
+    table = tabulate(marked, [held(headers[0]), *headers[1:]], tablefmt="plain", **form)
+    return table.replace(_NO_SPACE, " ")
 
 
 def _sites_table(event: Checked) -> str:

@@ -181,7 +181,7 @@ class Unwinder:
     def _stack(self, frames: tuple[Frame, ...], steps: list[_Step], why: str | None) -> Stack:
         if why is not None:
             return Stack(frames, False, why)
-        scanned = [frame for frame, step in zip(frames, steps, strict=True) if step.scanned]
+        scanned = [frame for frame, step in zip(frames, steps) if step.scanned]
         if scanned:
             return Stack(frames, False, f"found by a search of the stack, not by a saved register: {scanned[0]}")
         return Stack(frames, True)

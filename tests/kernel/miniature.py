@@ -10,14 +10,13 @@ import subprocess
 from functools import cache
 from pathlib import Path
 from types import TracebackType
-from typing import Self
 
 from tracer.layout import ElementLayout
 from tracer.sites.model import CALLBACK, DONE, SUBMIT, Site
 
 HERE = Path(__file__).parent
 X86 = platform.machine() == "x86_64"
-REGISTERS = dict(zip((SUBMIT, DONE, CALLBACK), ("rbx", "r12", "r13") if X86 else ("x19", "x20", "x21"), strict=True))
+REGISTERS = dict(zip((SUBMIT, DONE, CALLBACK), ("rbx", "r12", "r13") if X86 else ("x19", "x20", "x21")))
 ELEMENT = ElementLayout(0x10, 0x18, 0x28, 0x30, 0x38, 0x40, 0x44, 0x58, 0x60)
 ELEMENT_SIZE = 0x68
 
@@ -96,7 +95,7 @@ class Miniature:
                 found[name] = memory.read(4)
         return found
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> Miniature:
         return self
 
     def __exit__(

@@ -70,7 +70,7 @@ def shape(structure: Any) -> list[tuple[str, int, int]]:
 @pytest.mark.parametrize("table", TABLES)
 def test_structures_are_those_of_the_probe_programs(program: Path, table: str, shared: bool) -> None:
     compiled = compiled_by_bcc(program, shared)[table.encode()]
-    for mine, theirs in zip(TABLES[table], (compiled.Key, compiled.Leaf), strict=True):
+    for mine, theirs in zip(TABLES[table], (compiled.Key, compiled.Leaf)):
         assert ct.sizeof(mine) == ct.sizeof(theirs)
         if issubclass(mine, ct.Structure):
             assert shape(mine) == shape(theirs)
@@ -189,7 +189,7 @@ def test_buckets_agree(tmp_path: Path) -> None:
     subprocess.run(["gcc", "-o", tmp_path / "program", tmp_path / "program.c"], check=True)
     asked = "\n".join(map(str, values))
     answer = subprocess.run([tmp_path / "program"], input=asked, check=True, capture_output=True, text=True).stdout
-    for value, bucket in zip(values, map(int, answer.split()), strict=True):
+    for value, bucket in zip(values, map(int, answer.split())):
         assert bucket < BUCKETS
         assert value <= bucket_upper_ns(bucket), value
         assert all(value > bucket_upper_ns(lower) for lower in used_buckets(bucket)), value

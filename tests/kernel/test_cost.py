@@ -45,7 +45,7 @@ def cost(pool: Miniature, programs: Programs) -> Cost:
     pool.do("s0 d0 c0")
     before = programs.operations()
     pool.do("s0 d0 c0 " * REQUESTS)
-    hashes, arrays = (b - a for a, b in zip(before, programs.operations(), strict=True))
+    hashes, arrays = (b - a for a, b in zip(before, programs.operations()))
     return hashes / REQUESTS, arrays / REQUESTS
 
 

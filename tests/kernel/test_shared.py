@@ -69,7 +69,7 @@ def test_each_process_is_counted_by_itself(three: list[Miniature], loaded: Progr
     first, second, third = three
     assert first.element(7) == second.element(7) == third.element(7)
     one, other = enter(first, loaded), enter(second, loaded)
-    for pool, words in zip(three, ("r2000 s7", "r3000 s7 d7 s8", "r1000 s7 d7 s9"), strict=True):
+    for pool, words in zip(three, ("r2000 s7", "r3000 s7 d7 s8", "r1000 s7 d7 s9")):
         pool.begin(words)
     for pool in three:
         pool.end()

@@ -43,6 +43,7 @@ ROOT = Path(__file__).resolve().parents[2]
 CLI = [sys.executable, str(ROOT / "cli.py")]
 PATIENCE_S = 60.0
 NOBODY = 65534
+F_SETPIPE_SZ = 1031  # of the kernel; Python has it since 3.10
 #: Ended by being told, not by chance later on: a second by the contract, the rest for a machine that is busy.
 PROMPTLY_S = 20.0
 #: So many tenths of a second without a line more: it waits for its reader.
@@ -574,7 +575,7 @@ def test_nobody_reads_any_more(qemu: Qemu) -> None:
 def test_somebody_who_does_not_read(qemu: Qemu, options: tuple[str, ...], number: signal.Signals) -> None:
     """`aio-trace … 2>&1 | less`, left on its first page: the pipe fills up, and it ends all the same when told to."""
     reader, writer = os.pipe()
-    fcntl.fcntl(writer, fcntl.F_SETPIPE_SZ, 8192)
+    fcntl.fcntl(writer, F_SETPIPE_SZ, 8192)
     command = [*CLI, "--pid", str(qemu.pid), "--interval", "20ms", *options]
     process = subprocess.Popen(command, stdout=writer, stderr=writer)
     try:

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 from tracer.compiler import working_bcc
 
@@ -41,7 +41,7 @@ class Trace:
         self._start([sys.executable, str(ROOT / "cli.py"), "--pid", str(pid), "--json", "--interval", "0", *options])
 
     @classmethod
-    def of(cls, command: list[str]) -> Self:
+    def of(cls, command: list[str]) -> Trace:
         """Another command that prints events."""
         made = cls.__new__(cls)
         made._start(command)
@@ -99,7 +99,7 @@ class Trace:
         (summary,) = self.named("summary")
         return summary
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> Trace:
         return self
 
     def __exit__(

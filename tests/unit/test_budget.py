@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterable
 
 import pytest
@@ -57,7 +56,7 @@ def test_without_probes_they_are_tried_again_ever_more_rarely() -> None:
     modes = course([1e6] * 2000)
     tried = [number * STEP_S for number, mode in enumerate(modes) if mode == "alert"]
     starts = [time for time in tried if time - STEP_S not in tried]
-    waits = [later - earlier for earlier, later in itertools.pairwise(starts)]
+    waits = [later - earlier for earlier, later in zip(starts, starts[1:])]
     assert starts[0] >= RETRY_S
     assert waits == sorted(waits)
     assert RETRY_MOST_S <= waits[-1] <= RETRY_MOST_S + 10 * STEP_S
@@ -73,7 +72,7 @@ def test_the_load_has_gone_when_they_are_tried_again() -> None:
 def test_one_rate_leads_to_one_mode(rate: float, first: str) -> None:
     """No swinging between probes at a rate that stays, but for the tries from none."""
     modes = course([rate] * 40, first)
-    changes = [mode for mode, before in zip(modes, [first, *modes], strict=False) if mode != before]
+    changes = [mode for mode, before in zip(modes, [first, *modes]) if mode != before]
     assert changes in ([], ["alert"], ["full"], ["none"], ["none", "alert", "none"], ["none", "alert"])
 
 

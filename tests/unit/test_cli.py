@@ -42,10 +42,12 @@ def aio_trace(*arguments: str, prefix: str = "", code: str = "") -> subprocess.C
     return done
 
 
-def duration(text: str, zero: str | None = None) -> float:
-    from cli import Duration
+def meant(option_type: str, text: str) -> float:
+    """What an option of that type makes of it."""
+    import cli
 
-    return Duration(zero).convert(text, None, None)
+    value: float = getattr(cli, option_type)(text)
+    return value
 
 
 @pytest.mark.parametrize(
@@ -53,7 +55,7 @@ def duration(text: str, zero: str | None = None) -> float:
     [("500ms", 0.5), ("1s", 1.0), ("2m", 120.0), ("1.5s", 1.5), ("1h", 3600.0), ("250us", 0.00025), (" 1s ", 1.0)],
 )
 def test_durations(text: str, seconds: float) -> None:
-    assert duration(text) == pytest.approx(seconds)
+    assert meant("duration", text) == pytest.approx(seconds)
 
 
 @pytest.mark.parametrize(
@@ -65,34 +67,27 @@ def test_durations(text: str, seconds: float) -> None:
 )
 def test_what_is_no_duration(text: str) -> None:
     with pytest.raises(click.UsageError) as caught:
-        duration(text)
+        meant("duration", text)
     assert "\n" not in caught.value.format_message()
-
-
-def share(text: str) -> float:
-    """What the option makes of it."""
-    from cli import Share
-
-    return Share().convert(text, None, None)
 
 
 @pytest.mark.parametrize(
     ("text", "part"), [("5%", 0.05), ("0.5%", 0.005), ("100%", 1.0), ("250%", 2.5), ("none", 0.0), ("0", 0.0)]
 )
 def test_budgets(text: str, part: float) -> None:
-    assert share(text) == pytest.approx(part)
+    assert meant("share", text) == pytest.approx(part)
 
 
 @pytest.mark.parametrize("text", ["5", "-5%", "5 %", "0.001%", "much", "", "%", "1e3%", "nan%", "5%%", "٣%", "99999%"])
 def test_what_is_no_budget(text: str) -> None:
     with pytest.raises(click.UsageError, match="write it as 5% or") as caught:
-        share(text)
+        meant("share", text)
     assert "\n" not in caught.value.format_message()
 
 
 @pytest.mark.parametrize("text", ["0", "0s", "0ms"])
 def test_none_where_zero_means_none(text: str) -> None:
-    assert duration(text, zero="none") == 0.0
+    assert meant("duration_or_none", text) == 0.0
 
 
 @pytest.mark.parametrize(
@@ -283,7 +278,7 @@ JUST_BEFORE = (
     "real, kill = select.select, getattr(ctypes.CDLL(None), 'raise')\n"
     "def late(*arguments):\n"
     "    steps = [functools.partial(kill, 2), functools.partial(real, *arguments)]\n"
-    "    return list(map(operator.call, steps))[1]\n"
+    "    return list(map(operator.methodcaller('__call__'), steps))[1]\n"
 )
 
 

@@ -87,20 +87,20 @@ def mutated(data: bytes, start: int, size: int, dice: random.Random) -> bytes:
     changed = bytearray(data)
     for _ in range(dice.choice((1, 1, 1, 2, 8))):
         at = start + dice.randrange(size)
-        match dice.randrange(5):
-            case 0:
-                changed[at] ^= 1 << dice.randrange(8)
-            case 1:
-                changed[at] = dice.randrange(256)
-            case 2:
-                at = start + dice.randrange(size) // 8 * 8
-                changed[at : at + 8] = struct.pack("<Q", dice.choice(EXTREMES))[: len(changed) - at]
-            case 3:
-                at = start + dice.randrange(size) // 4 * 4
-                changed[at : at + 4] = struct.pack("<I", dice.choice(EXTREMES) & 0xFFFFFFFF)[: len(changed) - at]
-            case _:
-                other = start + dice.randrange(size)
-                changed[at : at + 4], changed[other : other + 4] = changed[other : other + 4], changed[at : at + 4]
+        way = dice.randrange(5)
+        if way == 0:
+            changed[at] ^= 1 << dice.randrange(8)
+        elif way == 1:
+            changed[at] = dice.randrange(256)
+        elif way == 2:
+            at = start + dice.randrange(size) // 8 * 8
+            changed[at : at + 8] = struct.pack("<Q", dice.choice(EXTREMES))[: len(changed) - at]
+        elif way == 3:
+            at = start + dice.randrange(size) // 4 * 4
+            changed[at : at + 4] = struct.pack("<I", dice.choice(EXTREMES) & 0xFFFFFFFF)[: len(changed) - at]
+        else:
+            other = start + dice.randrange(size)
+            changed[at : at + 4], changed[other : other + 4] = changed[other : other + 4], changed[at : at + 4]
     return bytes(changed)
 
 
@@ -177,8 +177,7 @@ def run(path: Path, count: int, seed: int) -> None:
             if number % EVERY == 0:
                 through_the_command(data)
         except Exception as error:
-            error.add_note(f"{path.name}: mutant {number}, changed in {area}")
-            raise
+            raise AssertionError(f"{path.name}: mutant {number}, changed in {area}") from error
         spent = time.process_time() - started
         assert spent < LONGEST_S, f"{path.name}: mutant {number} ({area}) took {spent:.1f} s"
     assert 0 < located < count, "some damage does no harm, and some does"

@@ -32,7 +32,7 @@ NOT_NEEDED = (
         "qemu",
         "tabulate",
         "textwrap",
-        "subprocess",
+        *(() if sys.version_info < (3, 10) else ("subprocess",)),  # the module `platform` needed it
         "hashlib",
         "asyncio",
     ),

@@ -7,7 +7,6 @@ import mmap
 import os
 import subprocess
 from collections.abc import Iterator
-from itertools import pairwise
 
 import pytest
 
@@ -67,7 +66,8 @@ def test_addresses_that_cannot_be_read(memory: LiveMemory, address: int) -> None
 def test_all_or_nothing(child: subprocess.Popen[bytes]) -> None:
     """Half of what was asked for, up to the end of a mapping, is no answer."""
     target = open_target(child.pid)
-    region = next(a for a, b in pairwise(target.regions()) if a.end < b.start and a.permissions.startswith("r"))
+    regions = target.regions()
+    region = next(a for a, b in zip(regions, regions[1:]) if a.end < b.start and a.permissions.startswith("r"))
     memory = LiveMemory(target)
     assert len(memory.read(region.end - 8, 8)) == 8
     with pytest.raises(FaultError):
@@ -120,13 +120,15 @@ def test_a_region_that_went(memory: LiveMemory) -> None:
 
 def test_where_malloc_keeps_its_memory(memory: LiveMemory) -> None:
     """Small and large allocations of this process lie in heap regions; its code and shared memory do not."""
-    small = ct.create_string_buffer(100)
+    malloc = ct.CDLL(None).malloc
+    malloc.restype = ct.c_void_p
+    small = malloc(100)
     regions = list(memory.heap_regions())
 
     def covered(address: int) -> bool:
         return any(region.start <= address < region.end for region in regions)
 
-    assert covered(ct.addressof(small))
+    assert covered(small)
     shared = mmap.mmap(-1, PAGE)
     assert not covered(ct.addressof(ct.c_char.from_buffer(shared)))
     assert not covered(ct.cast(ct.CDLL(None).malloc, ct.c_void_p).value or 0)

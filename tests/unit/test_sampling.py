@@ -27,7 +27,7 @@ class Sampled(World):
         """Make `elements` the list, in these states."""
         listed = self.elements if elements is None else elements
         self.link(listed)
-        for address, state in zip(listed, states, strict=True):
+        for address, state in zip(listed, states):
             self.memory.put(address + MODERN.element.state, "i", state)
             self.memory.put(address + MODERN.element.arg, "Q", address + ABOUT)
 

@@ -163,7 +163,7 @@ def test_bottom_half_functions_bear_their_names(image: Image) -> None:
     ]
     functions = [address for address in pointers if image.is_executable(address)]
     names = [image.string_at(address) for address in pointers if not image.is_executable(address)]
-    assert dict(zip(names, functions, strict=True)) == {
+    assert dict(zip(names, functions)) == {
         name: found.functions[str(name)] for name in ("thread_pool_completion_bh", "spawn_thread_bh_fn")
     }
 

@@ -191,10 +191,10 @@ def test_a_frozen_process(cgroup: Path, child: subprocess.Popen[bytes]) -> None:
 
 
 def test_eventfds() -> None:
-    fd = os.eventfd(0)
+    fd = ct.CDLL(None).eventfd(0, os.O_CLOEXEC)
     me = open_target(os.getpid())
     assert me.eventfd_count(fd) == 0
-    os.eventfd_write(fd, 0x1F)
+    os.write(fd, struct.pack("=Q", 0x1F))
     assert me.eventfd_count(fd) == 0x1F
     other = os.open("/dev/null", os.O_RDONLY)
     assert me.eventfd_count(other) is None

@@ -183,7 +183,7 @@ def _readelf_rows(path: str) -> Iterator[tuple[int, str, dict[int, str]]]:
         elif words[:2] == ["LOC", "CFA"]:
             columns = [_NUMBERS[name] for name in words[2:]]
         elif in_function and len(words) == len(columns) + 2 and re.fullmatch("[0-9a-f]{16}", words[0]):
-            yield int(words[0], 16), words[1], dict(zip(columns, words[2:], strict=True))
+            yield int(words[0], 16), words[1], dict(zip(columns, words[2:]))
 
 
 def _cfa(row: Row) -> str:

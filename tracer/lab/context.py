@@ -65,7 +65,7 @@ class Context:
         descriptor = borrow(self.qemu.pid, self.fd)
         try:
             if self.rung():
-                os.eventfd_read(descriptor)
+                os.read(descriptor, 8)
         finally:
             os.close(descriptor)
 
@@ -77,7 +77,7 @@ class Context:
         """Ring the eventfd: the loop comes round once if it listens."""
         descriptor = borrow(self.qemu.pid, self.fd)
         try:
-            os.eventfd_write(descriptor, 1)
+            os.write(descriptor, struct.pack("=Q", 1))
         finally:
             os.close(descriptor)
 

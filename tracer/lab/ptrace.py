@@ -87,7 +87,7 @@ class HeldThread:
         registers = self.registers
         registers.rsp -= 8
         poke(self.pid, registers.rsp, struct.pack("<Q", registers.rip))
-        for name, value in zip(("rdi", "rsi", "rdx"), arguments, strict=False):
+        for name, value in zip(("rdi", "rsi", "rdx"), arguments):
             setattr(registers, name, value)
         registers.rip = function
         self.registers = registers

@@ -20,7 +20,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Any, TypeVar
 
 from tracer.errors import LabError, ToolMissing
 from tracer.lab import process
@@ -246,7 +246,7 @@ class Qemu:
                 stack.callback(self._monitor.close)
             self._monitor = None
 
-    def __enter__(self) -> Self:
+    def __enter__(self: AnyQemu) -> AnyQemu:
         return self
 
     def __exit__(

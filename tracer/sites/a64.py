@@ -224,7 +224,7 @@ def _access(raw: Any, name: str) -> tuple[Operation, ...]:
 def _store(source: Operand | None, memory: Mem | None) -> tuple[Operation, ...]:
     if memory is None:
         return ()
-    if isinstance(source, Reg | Imm):
+    if isinstance(source, (Reg, Imm)):
         return (Move(memory, source),)
     return (Clobber(memory),)
 

@@ -12,6 +12,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from heapq import heappop, heappush
+from typing import Union
 
 from tracer.sites.isa import (
     Add,
@@ -36,21 +37,21 @@ _MAX_VISITS = 16
 _MASK = (1 << 64) - 1
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Const:
     """A number, or the address of something in the image."""
 
     value: int
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Argument:
     """What the function was called with, counted from 0; -1 is the stack pointer."""
 
     number: int
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Unknown:
     """What `place` (register or slot) took from the instruction at `at`; the result of a call is one."""
 
@@ -58,7 +59,7 @@ class Unknown:
     place: str | int | tuple[int, int]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Merged:
     """`place` where two ways meet with different values; Flow.origins() tells which."""
 
@@ -66,7 +67,7 @@ class Merged:
     place: str | int | tuple[int, int]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Sum:
     """`base` plus a constant."""
 
@@ -74,7 +75,7 @@ class Sum:
     offset: int
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Load:
     """The `width` bytes at `base` plus `offset` as the instruction at `at` read them."""
 
@@ -84,7 +85,7 @@ class Load:
     at: int
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Part:
     """The low `width` bytes of a value that may have more."""
 
@@ -92,10 +93,10 @@ class Part:
     width: int
 
 
-Value = Const | Argument | Unknown | Merged | Sum | Load | Part
+Value = Union[Const, Argument, Unknown, Merged, Sum, Load, Part]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Stored:
     """`width` bytes written to `base` plus `offset`."""
 
@@ -106,7 +107,7 @@ class Stored:
     value: Value
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Exchanged:
     """An atomic read-modify-write of memory."""
 
@@ -116,7 +117,7 @@ class Exchanged:
     width: int
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Compared:
     """Two values compared; a test for zero compares with Const(0)."""
 
@@ -125,7 +126,7 @@ class Compared:
     right: Value
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Called:
     """A call, or a jump out of the function (`tail`).
 
@@ -150,7 +151,7 @@ class Called:
         return holders(self.registers, value)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Returned:
     """The function's end, and what it returns."""
 
@@ -158,7 +159,7 @@ class Returned:
     value: Value
 
 
-Event = Stored | Exchanged | Compared | Called | Returned
+Event = Union[Stored, Exchanged, Compared, Called, Returned]
 
 
 def holders(registers: Mapping[str, Value], value: Value) -> tuple[str, ...]:
@@ -425,22 +426,23 @@ class _Machine:
         self._events = events
 
     def apply(self, at: int, operation: Operation) -> None:
-        match operation:
-            case Move(target, source):
-                self._write(at, target, self._value(at, source))
-            case Add(target, source):
-                self._write(at, target, self._sum(at, target, source))
-            case AddressOf(target, source):
-                base, offset = self._address(source)
-                self._write(at, target, _sum(base, offset))
-            case Compare(left, right):
-                self._emit(Compared(at, self._value(at, left), self._value(at, right)))
-            case Exchange(target):
-                base, offset = self._address(target)
-                self._emit(Exchanged(at, base, offset, target.width))
-            case Clobber(target):
-                place = target.name if isinstance(target, Reg) else target.offset
-                self._write(at, target, Unknown(at, place))
+        if isinstance(operation, Compare):
+            self._emit(Compared(at, self._value(at, operation.left), self._value(at, operation.right)))
+        elif isinstance(operation, Exchange):
+            base, offset = self._address(operation.target)
+            self._emit(Exchanged(at, base, offset, operation.target.width))
+        else:
+            self._write(at, operation.target, self._result(at, operation))
+
+    def _result(self, at: int, operation: Move | Add | AddressOf | Clobber) -> Value:
+        if isinstance(operation, Move):
+            return self._value(at, operation.source)
+        if isinstance(operation, Add):
+            return self._sum(at, operation.target, operation.source)
+        if isinstance(operation, AddressOf):
+            return _sum(*self._address(operation.source))
+        target = operation.target
+        return Unknown(at, target.name if isinstance(target, Reg) else target.offset)
 
     def call(self, step: Instruction, tail: bool) -> None:
         at = step.address
@@ -529,7 +531,7 @@ class _Machine:
 def _narrow(value: Value, width: int) -> Value:
     """The low `width` bytes of `value`; itself where it is known to have no more."""
     inner = value.base if isinstance(value, Sum) else value
-    if width >= 8 or (isinstance(inner, Load | Part) and inner.width <= width):
+    if width >= 8 or (isinstance(inner, (Load, Part)) and inner.width <= width):
         return value
     if isinstance(value, Const):
         return Const(value.value & (1 << 8 * width) - 1)
@@ -551,7 +553,7 @@ def _sum(base: Value, offset: int) -> Value:
 
 def _depth(value: Value) -> int:
     depth = 0
-    while isinstance(value, Load | Sum | Part):
+    while isinstance(value, (Load, Sum, Part)):
         value = value.base
         depth += 1
     return depth

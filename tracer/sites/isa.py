@@ -10,10 +10,10 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Protocol
+from typing import Protocol, Union
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Reg:
     """A register by its full-width name; `width` bytes of it are meant.
 
@@ -24,14 +24,14 @@ class Reg:
     width: int = 8
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Imm:
     """A constant."""
 
     value: int
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Mem:
     """`width` bytes at register `base` (None: at an absolute address) plus `offset`."""
 
@@ -40,16 +40,16 @@ class Mem:
     width: int = 8
 
 
-Operand = Reg | Imm | Mem
+Operand = Union[Reg, Imm, Mem]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Move:
     target: Reg | Mem
     source: Operand
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Add:
     """target += source; a subtraction of a constant is an addition of its negative."""
 
@@ -57,33 +57,33 @@ class Add:
     source: Operand
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class AddressOf:
     target: Reg
     source: Mem
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Compare:
     left: Operand
     right: Operand
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Exchange:
     """An atomic read-modify-write of memory: a full barrier on x86."""
 
     target: Mem
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Clobber:
     """The target takes a value that is not followed."""
 
     target: Reg | Mem
 
 
-Operation = Move | Add | AddressOf | Compare | Exchange | Clobber
+Operation = Union[Move, Add, AddressOf, Compare, Exchange, Clobber]
 
 
 # Prefixes on x86; on aarch64 what does not work out of line (arch/arm64/kernel/probes/decode-insn.c).
@@ -104,7 +104,7 @@ class Control(Enum):
     STOP = "stop"  # it traps
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Instruction:
     """One decoded instruction.
 

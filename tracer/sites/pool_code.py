@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
+from typing import Optional
 
 from tracer.layout import BottomHalfLayout, ElementLayout, Layout, PoolLayout
 from tracer.records import dataclass
@@ -95,7 +96,7 @@ def read_shown(program: Program, by_strings: bool) -> Shown:
     return Shown(constructor, halves, worker, done, callback, schedule, submits, _allocator(program, submits))
 
 
-_Followed = tuple[int, BottomHalves, int, Done, Callback, int | None]
+_Followed = tuple[int, BottomHalves, int, Done, Callback, Optional[int]]
 
 
 def _completion_and_worker(program: Program, by_strings: bool) -> _Followed:
@@ -338,8 +339,8 @@ def _loaded_variable(program: Program, getter: int) -> int | None:
     if bounds is None or bounds.end - bounds.start > _MAX_GETTER:
         return None
     flow = _followed(program, getter)
-    match [event.value for event in flow.events if isinstance(event, Returned)] if flow else []:
-        case [Load(Const(variable), 0, 8, _)]:
-            return variable
-        case _:
-            return None
+    returned = [event.value for event in flow.events if isinstance(event, Returned)] if flow else []
+    value = returned[0] if len(returned) == 1 else None
+    if isinstance(value, Load) and isinstance(value.base, Const) and (value.offset, value.width) == (0, 8):
+        return value.base.value
+    return None

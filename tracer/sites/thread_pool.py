@@ -196,7 +196,7 @@ def read_inlined_schedule(flow: Flow, completion_bh: int) -> Mark | None:
     marks = {
         Mark(event.offset, event.width, atomic=isinstance(event, Exchanged))
         for event in flow.events
-        if isinstance(event, Exchanged | Stored) and _is_member(event.base, completion_bh)
+        if isinstance(event, (Exchanged, Stored)) and _is_member(event.base, completion_bh)
         if (event.width in (1, 4) if isinstance(event, Exchanged) else (event.width, event.value) == (1, Const(1)))
     }
     return marks.pop() if len(marks) == 1 else None

@@ -71,7 +71,7 @@ def _submit_sites(
     """For every copy of submit its probe's nop, or where that cannot be used what the code says."""
     sites = []
     left = list(probes)
-    for (function, submit), known in zip(shown.submits, found.sites_of(SUBMIT), strict=True):
+    for (function, submit), known in zip(shown.submits, found.sites_of(SUBMIT)):
         flow = program.flow(function)
         mine = [probe for probe in left if probe.address in flow.instructions]
         usable = [

@@ -165,7 +165,7 @@ class X86Decoder:
         names = {_NAMES[name][0] for name in touched if name in _NAMES}
         names.update(half for name in touched if name[1:3] == "mm" for half in _vector_halves(name))
         clobbers: list[Operation] = [Clobber(Reg(name)) for name in sorted(names)]
-        for operand, access in zip(operands, raw.operands, strict=True):
+        for operand, access in zip(operands, raw.operands):
             if isinstance(operand, Mem) and access.access & capstone.CS_AC_WRITE:
                 clobbers.append(Clobber(operand))
         return tuple(clobbers)
@@ -230,7 +230,7 @@ def _simple(name: str, operands: list[Operand | None]) -> tuple[Operation, ...] 
         return (Move(_STACK, frame), Move(frame, Mem("rsp", 0)), Add(_STACK, Imm(8)))
     if name in ("cmp", "test") and target is not None and source is not None:
         return _comparison(name, target, source)
-    if not isinstance(target, Reg | Mem):
+    if not isinstance(target, (Reg, Mem)):
         return None
     if name in ("inc", "dec"):
         return (Add(target, _ONE if name == "inc" else _MINUS_ONE),)
