@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any, TextIO  # noqa: E402
 import click  # noqa: E402
 from click.core import ParameterSource  # noqa: E402
 
-from tracer import __version__  # noqa: E402
+from tracer import __version__, environment  # noqa: E402
 from tracer.errors import (  # noqa: E402
     EXIT_ALERT,
     EXIT_FAILED,
@@ -792,6 +792,9 @@ def main() -> None:
     """The console script."""
     _open_standard_streams()
     _allow_many_files()
+    refused = environment.clean(os.environ)
+    if "-v" in sys.argv:
+        print(*(printable(f"aio-trace: {why}") for why in refused), sep="\n", end="\n" * bool(refused), file=sys.stderr)
     try:
         code = aio_trace.main(standalone_mode=False, prog_name="aio-trace")
     except (MemoryError, OSError) as error:

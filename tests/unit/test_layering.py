@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[2]
 # The way of the data. A module (or all of a package) may import from its own line's own package and
 # from earlier lines; neighbours on one line do not know each other.
 STAGES: tuple[tuple[str, ...], ...] = (
-    ("tracer", "bpf", "tracer.text"),
+    ("tracer", "bpf", "tracer.text", "tracer.environment"),
     ("tracer.errors", "tracer.cache", "tracer.records", "tracer.output"),
     ("tracer.kernel",),
     ("tracer.rights", "tracer.cgroup", "tracer.hit_cost", "tracer.layout", "tracer.known_bugs", "tracer.budget"),
