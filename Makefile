@@ -15,10 +15,28 @@ PACKAGES_BENCH := $(PACKAGES_TEST) bpftrace bpfcc-tools linux-perf strace
 RINGS := tests/unit tests/kernel tests/qemu
 SOURCES := cli.py tracer bpf bench tests
 
-# Under sudo the files made in the tree go back to whoever owns it.
-GIVE_BACK := if [ -n "$$SUDO_UID" ]; then \
-	for made in $(VENV) aio_trace.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis bench/results; do \
-	if [ -e "$$made" ]; then chown -R "$$SUDO_UID:$$SUDO_GID" "$$made"; fi; done; fi
+# What root made in the tree goes back to whoever owns it, whichever way root came by it.
+GIVE_BACK := owner=$$(stat -c %u:%g .); case $$(id -u)/$$owner in 0/0:*) ;; 0/*) find . -xdev -path ./.git -prune \
+	-o -user 0 \( -type d -o -links 1 \) -exec chown --no-dereference --from=0 "$$owner" {} +;; esac
+
+# Targets that need root raise themselves where sudo is there; then nothing else of this file is read.
+NEED_ROOT := demo test test-matrix test-kernels test-arm64 soak bench
+ifneq ($(filter $(NEED_ROOT),$(MAKECMDGOALS)),)
+ifneq ($(shell id -u),0)
+SUDO := $(shell command -v sudo 2>/dev/null)
+endif
+endif
+ifneq ($(SUDO),)
+comma := ,
+space := $(subst ,, )
+KEPT := $(foreach name,$(filter CI AIO_TRACE_% BENCH_%,$(.VARIABLES)),$(if $(filter environment,$(origin $(name))),$(name)))
+.NOTPARALLEL:
+.PHONY: raise $(MAKECMDGOALS)
+$(MAKECMDGOALS): raise ; @:
+raise:
+	@echo "as root, by sudo: make $(MAKECMDGOALS)"
+	@$(SUDO) $(if $(KEPT),--preserve-env=$(subst $(space),$(comma),$(strip $(KEPT)))) make $(MAKEOVERRIDES) $(MAKECMDGOALS)
+else
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
@@ -33,7 +51,7 @@ install: packages-run $(VENV)/.installed ## Install into .venv: .venv/bin/aio-tr
 
 .PHONY: demo
 demo: root packages-demo install ## Boot a small guest, lose one completion, show what aio-trace says (root)
-	@$(BIN)/aio-trace demo
+	@status=0; $(BIN)/aio-trace demo || status=$$?; $(GIVE_BACK); exit $$status
 
 .PHONY: test
 test: root packages-test lint ## All checks and tests, with real QEMUs (root)
@@ -79,7 +97,7 @@ clean: ## Remove everything that was made in this folder
 
 .PHONY: root
 root:
-	@[ "$$(id -u)" = 0 ] || { echo "this needs root: sudo make $(MAKECMDGOALS)" >&2; exit 1; }
+	@[ "$$(id -u)" = 0 ] || { echo "this needs root, and there is no sudo: make $(MAKECMDGOALS), as root" >&2; exit 1; }
 
 .PHONY: packages-run packages-demo packages-test packages-matrix packages-bench
 packages-run:
@@ -106,3 +124,5 @@ $(VENV)/.dev: $(VENV)/.installed
 	$(PIP) install --editable '.[dev]'
 	@touch $@
 	@$(GIVE_BACK)
+
+endif
