@@ -12,6 +12,7 @@
  *   MAX_REQUESTS                                        requests that the map `overflow` holds
  *   MAX_PROCESSES                                       processes that are watched at once
  *   MAX_STATISTICS                                      processes times kinds times files that are told apart
+ *   PREALLOCATED                                        1: the kernel wants the memory for those beforehand (before 6.1)
  *   CALLED_FOR_NS                                       how long a done hit may come after its callback
  *   CALLBACK_MAY_BE_NULL                                1: the callback site is reached without a callback, too
  *   HAVE_ATOMICS                                        1: the kernel has compare and exchange (5.12)
@@ -62,9 +63,9 @@ BPF_HASH(processes, u32, struct process, MAX_PROCESSES);
 #else
 BPF_ARRAY(processes, struct process, 1);
 #endif
-/* Not preallocated (the flag): a QEMU has few files. Not per CPU: nearly all is counted by the one thread
- * that calls the callbacks. */
-BPF_F_TABLE("hash", struct statistics_key, struct statistics, statistics, MAX_STATISTICS, 1);
+/* Not preallocated (the flag) where that may be: a QEMU has few files. Not per CPU: nearly all is counted by the
+ * one thread that calls the callbacks. */
+BPF_F_TABLE("hash", struct statistics_key, struct statistics, statistics, MAX_STATISTICS, !PREALLOCATED);
 BPF_ARRAY(template, struct statistics, 1);
 
 #if COUNT_OPERATIONS

@@ -38,7 +38,9 @@ _LOAD_64, _MAP_FD = 0x18, 1  # BPF_LD | BPF_IMM | BPF_DW, BPF_PSEUDO_MAP_FD
 
 
 class CompilerFailed(Exception):
-    """bcc's complaint in one line; its whole output as a note."""
+    """bcc's complaint in one line; its whole output as a note. `lasting`: it would say the same again."""
+
+    lasting = False
 
 
 class CompilerKilled(CompilerFailed):
@@ -234,6 +236,7 @@ def compile_apart(source: Path, include: Path, flags: Sequence[str], programs: S
             raise CompilerKilled(_killed()) from None
         failed = CompilerFailed(_last_line(printed) or f"the compiler ended with status {status}")
         add_note(failed, printed)
+        failed.lasting = status >= 0 or status == -signal.SIGABRT
         raise failed from None
 
 

@@ -35,7 +35,6 @@ _CODE = {
         8,
     ),
 }
-_RETURN_0 = struct.pack("<BBhiBBhi", 0xB7, 0, 0, 0, 0x95, 0, 0, 0)
 
 
 @dataclass(frozen=True)
@@ -91,7 +90,7 @@ def _address_of(file: int) -> int:
 
 def _probed(path: str, site: int, loop: Callable[[int], int]) -> float:
     multi = kernel.has_multi()
-    program = kernel.load(_RETURN_0, multi)
+    program = kernel.load(kernel.RETURN_0, multi)
     try:
         pid = os.getpid()
         attach = (

@@ -28,14 +28,25 @@ _CALLS: Final = {"x86_64": (321, 298), "aarch64": (280, 241)}
 _MAP_CREATE, _LOOKUP, _UPDATE, _DELETE, _NEXT_KEY, _PROG_LOAD = range(6)
 _LOOKUP_BATCH, _LINK_CREATE = 24, 28
 _ATTRIBUTES_SIZE = 128
-_PROG_TYPE_KPROBE = 2
+_PROG_TYPE_KPROBE, _PROG_TYPE_PERF_EVENT = 2, 7
 _UPROBE_MULTI = 48
 _LOG_SIZE = 1 << 20
 _PERF_SET_BPF, _PERF_ENABLE = 0x40042408, 0x2400
 _PERF_CLOEXEC = 8
 
 ANY, NOEXIST, EXIST = 0, 1, 2
-MMAPABLE = 1024
+NO_PREALLOC, MMAPABLE = 1, 1024
+_HASH, _MAP_FD = 1, 1
+
+#: A whole program.
+RETURN_0: Final = struct.pack("<BBhiBBhi", 0xB7, 0, 0, 0, 0x95, 0, 0, 0)
+_COMPARE_AND_EXCHANGE: Final = (
+    struct.pack("<BBhi", 0xB7, 1, 0, 0)  # r1 = 0
+    + struct.pack("<BBhi", 0x7B, 0x1A, -8, 0)  # *(r10 - 8) = r1
+    + struct.pack("<BBhi", 0xB7, 0, 0, 0)  # r0 = 0
+    + struct.pack("<BBhi", 0xDB, 0x1A, -8, 0xF1)  # compare and exchange *(r10 - 8): if it is r0, then r1
+    + RETURN_0
+)
 
 _libc = ct.CDLL(None, use_errno=True)
 
@@ -69,7 +80,6 @@ class Map:
         try:
             self.fd = _bpf(_MAP_CREATE, attributes)
         except PermissionError:
-            # Before Linux 5.11 maps count as locked memory.
             _lift_memory_lock()
             self.fd = _bpf(_MAP_CREATE, attributes)
         self._key = ct.create_string_buffer(key_size)
@@ -178,6 +188,7 @@ class Map:
 
 
 def _lift_memory_lock() -> None:
+    """Before Linux 5.11 maps and programs count as locked memory."""
     with suppress(ValueError, OSError):
         resource.setrlimit(resource.RLIMIT_MEMLOCK, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
 
@@ -185,24 +196,33 @@ def _lift_memory_lock() -> None:
 def load(instructions: bytes, multi: bool) -> int:
     """Load one program, for has_multi()'s links or for perf events; its descriptor."""
     code = ct.create_string_buffer(instructions, len(instructions))
+    way = _UPROBE_MULTI if multi else 0
     try:
-        return _load(code, multi, None)
+        return _load(code, _PROG_TYPE_KPROBE, way)
     except OSError as error:
         log = ct.create_string_buffer(_LOG_SIZE)
         try:
-            return _load(code, multi, log)
+            return _load(code, _PROG_TYPE_KPROBE, way, log)
         except OSError:
             add_note(error, log.value.decode(errors="replace"))
             raise error from None
 
 
-def _load(code: ct.Array[ct.c_char], multi: bool, log: ct.Array[ct.c_char] | None) -> int:
+def _load(code: ct.Array[ct.c_char], kind: int, way: int, log: ct.Array[ct.c_char] | None = None) -> int:
+    try:
+        return _load_once(code, kind, way, log)
+    except PermissionError:
+        _lift_memory_lock()
+        return _load_once(code, kind, way, log)
+
+
+def _load_once(code: ct.Array[ct.c_char], kind: int, way: int, log: ct.Array[ct.c_char] | None) -> int:
     # What the helpers that read memory and time ask for; BCC says the same.
     licence = ct.create_string_buffer(b"GPL")
     told = (1, _LOG_SIZE, ct.addressof(log)) if log is not None else (0, 0, 0)
     attributes = struct.pack(
         "<IIQQIIQII16sII",
-        _PROG_TYPE_KPROBE,
+        kind,
         len(code) // 8,
         ct.addressof(code),
         ct.addressof(licence),
@@ -211,28 +231,68 @@ def _load(code: ct.Array[ct.c_char], multi: bool, log: ct.Array[ct.c_char] | Non
         0,
         b"aio_trace",
         0,
-        _UPROBE_MULTI if multi else 0,
+        way,
     )
     return _bpf(_PROG_LOAD, attributes)
+
+
+# What this kernel can do, found by trying: distributions take over what newer kernels have.
 
 
 def has_multi() -> bool:
     """Whether the kernel attaches one program to many places at once, and only for one process if asked.
 
-    Kernels 6.6 to 6.9 filter by thread where a process is meant; those refuse a negative process id
-    late, after the descriptor, the others first.
+    Before 6.6 it takes the program and refuses every link as invalid; those that have it look at the file first.
+    Until 6.10 they take the id of a process for that of a thread, and look for a negative one, which the others
+    refuse before all else.
     """
     try:
-        program = load(struct.pack("<BBhiBBhi", 0xB7, 0, 0, 0, 0x95, 0, 0, 0), multi=True)
+        program = load(RETURN_0, multi=True)
     except OSError:
         return False
     try:
-        os.close(attach_multi(program, "/proc/self/exe", [0], -1))
-    except OSError as error:
-        return error.errno == errno.EINVAL
+        return [_refusal(program, pid) for pid in (0, -1)] == [errno.EBADF, errno.EINVAL]
     finally:
         os.close(program)
-    return False
+
+
+def _refusal(program: int, pid: int) -> int:
+    """The errno of a link to what is no file."""
+    try:
+        os.close(attach_multi(program, "/", [0], pid))
+    except OSError as error:
+        return error.errno or 0
+    return 0
+
+
+def has_atomics() -> bool:
+    """Whether programs may compare and exchange: since 5.12, where the compiler to machine code knows it."""
+    return _is_taken(_COMPARE_AND_EXCHANGE, _PROG_TYPE_KPROBE)
+
+
+def may_allocate() -> bool:
+    """Whether programs at probes may use hashes whose elements are made when they are needed: since 6.1.
+
+    Before, the kernel warns when it takes such a program (and may be told to panic by that), or refuses it where
+    it is one for real time. Programs on perf events it refuses without a warning, for the same reason.
+    """
+    try:
+        made = Map(_HASH, 4, 4, 1, NO_PREALLOC)
+    except OSError:
+        return False
+    try:
+        named = struct.pack("<BBhiBBhi", 0x18, _MAP_FD << 4 | 1, 0, made.fd, 0, 0, 0, 0)
+        return _is_taken(named + RETURN_0, _PROG_TYPE_PERF_EVENT)
+    finally:
+        made.close()
+
+
+def _is_taken(instructions: bytes, kind: int) -> bool:
+    try:
+        os.close(_load(ct.create_string_buffer(instructions, len(instructions)), kind, 0))
+    except OSError:
+        return False
+    return True
 
 
 def attach_multi(program: int, path: str, offsets: Sequence[int], pid: int) -> int:

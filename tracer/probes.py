@@ -64,6 +64,8 @@ MAX_REQUESTS = 10240
 MAX_PROCESSES = 1024
 #: Processes times kinds times files whose counts are told apart; further files are counted by kind only.
 MAX_STATISTICS = 16384
+#: The same, for one process and shared, where the kernel wants the memory of all (6 KiB each) beforehand.
+PREALLOCATED_STATISTICS, PREALLOCATED_SHARED = 512, 4096
 #: How long a worker may take from QEMU's bottom half to its own probe when its callback has overtaken it.
 CALLED_FOR_NS = 100_000_000
 #: How long after probes are attached a callback may be of a request whose done hit they did not see.
@@ -73,6 +75,8 @@ SETTLING_NS = 1_000_000_000
 MAX_REGISTERS = 4
 IN_THE_WAY_S = (0.05, 0.2)
 SYSFS_PMUS = "/sys/bus/event_source/devices"
+#: The kind of what is kept about compilations that came to nothing.
+NOT_COMPILED = "not compiled"
 
 _ARRAY_KEY = struct.pack("<I", 0)
 _RECORD_SIZE, _SET_SIZE = ct.sizeof(RequestRecord), ct.sizeof(RequestSet)
@@ -155,7 +159,8 @@ def compile_flags(sites: Sequence[Site], element: ElementLayout, what: Parameter
         "SET_BITS": what.set_bits,
         "MAX_REQUESTS": what.max_requests,
         "MAX_PROCESSES": MAX_PROCESSES,
-        "MAX_STATISTICS": MAX_STATISTICS,
+        "MAX_STATISTICS": _max_statistics(what),
+        "PREALLOCATED": int(not _may_allocate()),
         "CALLED_FOR_NS": CALLED_FOR_NS,
         "CALLBACK_MAY_BE_NULL": int(any(site.without_callback for site in sites)),
         "HAVE_ATOMICS": int(atomics),
@@ -168,6 +173,12 @@ def compile_flags(sites: Sequence[Site], element: ElementLayout, what: Parameter
         *(f"-D{name}_REGISTER={_member(register)}" for name, register in registers.items()),
         *what.extra_flags,
     ]
+
+
+def _max_statistics(what: Parameters) -> int:
+    if _may_allocate():
+        return MAX_STATISTICS
+    return PREALLOCATED_SHARED if what.shared else PREALLOCATED_STATISTICS
 
 
 def programs(sites: Sequence[Site]) -> dict[str, tuple[str, str]]:
@@ -230,6 +241,16 @@ def _has_multi() -> bool:
     return kernel.has_multi()
 
 
+@remember
+def _has_atomics() -> bool:
+    return kernel.has_atomics()
+
+
+@remember
+def _may_allocate() -> bool:
+    return kernel.may_allocate()
+
+
 class Programs:
     """The programs for one build, loaded, with their maps: for one process or, shared, for many."""
 
@@ -240,27 +261,37 @@ class Programs:
         self.log = ""
         self._maps: dict[str, Map] = {}
         self._programs: dict[str, int] = {}
+        self._lasting = False  # the compiler failed, and would again
         self._shared_links: dict[str, list[int]] = {}
         self._watched: dict[int, int] = {}  # mode by process
         self._read: tuple[float, dict[int, dict[int, Record]]] = (0.0, {})
         self._keys: tuple[float, dict[int, list[StatisticsKey]]] = (0.0, {})
         self._multi = _has_multi()
-        extra = _namespace_flags() if what.shared else []
-        error: HostError | None = None
-        for atomics in (True, False):
-            flags = [*compile_flags(sites, element, what, atomics), *extra]
-            error = self._load_any(flags)
-            if error is None:
-                break
-        else:
-            assert error is not None
-            raise error
+        self._load_best(element)
         self._mapped = self._maps["requests"].mapped() if "requests" in self._maps else None
         template = KindStatistics(deadline_ns=int(what.deadline_s * 1e9))
         self._template = bytes(template)
         self._maps["template"].update(_ARRAY_KEY, self._template)
 
     # -- load ---------------------------------------------------------------------------------------
+
+    def _load_best(self, element: ElementLayout) -> None:
+        """With compare and exchange where both kernel and compiler have it, else without. Raises HostError."""
+        extra = _namespace_flags() if self._what.shared else []
+        with_atomics, without = (
+            [*compile_flags(self._sites, element, self._what, atomics), *extra] for atomics in (True, False)
+        )
+        key = _key(with_atomics, list(programs(self._sites)))
+        worth_trying = _has_atomics() and cache.load(NOT_COMPILED, key) is None
+        if worth_trying and self._load_any(with_atomics) is None:
+            return
+        failed = self._lasting
+        error = self._load_any(without)
+        if error is not None:
+            raise error
+        if failed:
+            # To fail takes the compiler as long as not to, and it would do so at every start.
+            cache.store(NOT_COMPILED, key, b"")
 
     def _load_any(self, flags: Sequence[str]) -> HostError | None:
         """Load what was compiled before; if that will not do, what is compiled now."""
@@ -277,6 +308,7 @@ class Programs:
             except CompilerKilled as killed:
                 raise ProbeError(f"could not compile the probes: {killed}", _without_probes()) from killed
             except CompilerFailed as failed:
+                self._lasting = failed.lasting
                 return _translated("compile and load the probes", str(failed), _notes(failed))
             try:
                 self._load(made)
@@ -313,18 +345,28 @@ class Programs:
         return struct.pack("<I", pid if self._what.shared else 0)
 
     def enter(self, pid: int, mode: int) -> None:
-        """Count for this process from now on, where its probes are attached."""
+        """Count for this process from now on, where its probes are attached. Raises ProbeError."""
+        if pid not in self._watched:
+            self._make_room(pid)
         known = self._process(pid)
         if known.mode == MODE_NONE:
             known.settled_ns = time.monotonic_ns() + SETTLING_NS
         known.mode = mode
         self._maps["processes"].update(self._process_key(pid), bytes(known))
-        if pid not in self._watched:
-            for kind in range(len(KINDS)):
-                # Counts by kind alone, for what is not on a file or on one file too many.
-                key = bytes(StatisticsKey(self._number(pid), kind, 0, NO_FD))
-                self._maps["statistics"].update(key, self._template, NOEXIST)
         self._watched[pid] = mode
+
+    def _make_room(self, pid: int) -> None:
+        """Counts by kind alone, for what is not on a file or on one file too many."""
+        statistics = self._maps["statistics"]
+        keys = [bytes(StatisticsKey(self._number(pid), kind, 0, NO_FD)) for kind in range(len(KINDS))]
+        for key in keys:
+            if not statistics.update(key, self._template, NOEXIST) and statistics.lookup(key) is None:
+                for made in keys[: keys.index(key)]:
+                    statistics.delete(made)
+                raise ProbeError(
+                    f"there is no room for the counts of process {pid} beside those of {len(self._watched)} others",
+                    f"sudo aio-trace --pid {pid}    # by itself",
+                )
 
     def attach(self, pid: int, names: Sequence[str]) -> dict[str, list[int]]:
         """Attach these sites for the process: callback first, submit last, so that no stage lacks the next one.

@@ -24,7 +24,10 @@ ALERT_ONLY = ("done", "callback")
 
 @dataclass(frozen=True)
 class Variant:
-    """One of the ways: for kernels with compare and exchange, for many processes, with uprobe_multi links."""
+    """One of the ways: for kernels with compare and exchange, for many processes, with uprobe_multi links.
+
+    Kernels without the first want the memory of hashes beforehand, too.
+    """
 
     atomics: bool = True
     shared: bool = False
@@ -52,6 +55,8 @@ def use(variant: Variant, patch: pytest.MonkeyPatch) -> None:
         return flags(sites, element, what, variant.atomics)
 
     patch.setattr(probes, "compile_flags", with_atomics)
+    if not variant.atomics:
+        patch.setattr(probes, "_may_allocate", lambda: False)
     if not variant.multi:
         patch.setattr(probes, "_has_multi", lambda: False)
     patch.setattr(sys.modules[__name__], "PARAMETERS", Parameters(shared=variant.shared))

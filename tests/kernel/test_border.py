@@ -19,7 +19,7 @@ import pytest
 
 from tests.kernel.attaching import ALERT_ONLY
 from tests.kernel.miniature import ELEMENT, Miniature, sites_of
-from tracer import maps, probes
+from tracer import kernel, maps, probes
 from tracer.compiler import compile_apart
 from tracer.kernel import Map, load
 from tracer.maps import BUCKETS, KERNEL_COUNTERS, KINDS, STAGES, bucket_upper_ns, set_of
@@ -76,9 +76,14 @@ def test_structures_are_those_of_the_probe_programs(program: Path, table: str, s
             assert shape(mine) == shape(theirs)
 
 
+@pytest.mark.parametrize("beforehand", [False, True], ids=["memory when needed", "memory beforehand"])
 @pytest.mark.parametrize("shared", [False, True], ids=["one process", "shared"])
-def test_maps_are_made_as_they_were_compiled(pool: Miniature, shared: bool) -> None:
+def test_maps_are_made_as_they_were_compiled(
+    pool: Miniature, shared: bool, beforehand: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Their shapes outlive the compiler's process; the sizes are those that are read."""
+    monkeypatch.setattr(probes, "_may_allocate", lambda: not beforehand)
+    most = (probes.PREALLOCATED_STATISTICS, probes.PREALLOCATED_SHARED)[shared] if beforehand else probes.MAX_STATISTICS
     loaded = Programs(list(pool.sites.values()), ELEMENT, Parameters(77, set_bits=3, shared=shared))
     made = dict(loaded._maps)
     assert {name: (each.key_size, each.value_size) for name, each in made.items()} == {
@@ -88,10 +93,19 @@ def test_maps_are_made_as_they_were_compiled(pool: Miniature, shared: bool) -> N
         "requests": 8,
         "overflow": 77,
         "processes": probes.MAX_PROCESSES if shared else 1,
-        "statistics": probes.MAX_STATISTICS,
+        "statistics": most,
         "template": 1,
     }
+    # The kernel's word on what it allocates later.
+    later = {name for name, each in made.items() if flags_of(each) & kernel.NO_PREALLOC}
+    assert later == (set() if beforehand else {"statistics"})
     loaded.close()
+
+
+def flags_of(made: kernel.Map) -> int:
+    """The flags that a map has, as /proc shows them."""
+    shown = dict(line.split(":\t") for line in Path(f"/proc/self/fdinfo/{made.fd}").read_text().splitlines())
+    return int(shown["map_flags"], 16)
 
 
 def compiled_c(folder: Path, text: str) -> str:

@@ -372,7 +372,7 @@ def test_files(pool: Miniature, variant: Variant) -> None:
 
 def test_more_files_than_are_told_apart(pool: Miniature, variant: Variant, monkeypatch: pytest.MonkeyPatch) -> None:
     """Those are counted by their kind only: none is lost."""
-    monkeypatch.setattr(probes, "MAX_STATISTICS", len(KINDS) + 3)
+    monkeypatch.setattr(probes, "_max_statistics", lambda _: len(KINDS) + 3)
     with attached(pool) as loaded:
         pool.do(" ".join(f"t{slot}={1 + slot % 2} f{slot}={slot} s{slot} d{slot} c{slot}" for slot in range(20)))
         seen = loaded.statistics()

@@ -183,21 +183,39 @@ def test_no_cache_at_all(pool: Miniature, compilations: Compilations, monkeypatc
     assert compilations.count == 2
 
 
-def test_programs_for_old_kernels_come_second(
-    pool: Miniature, monkeypatch: pytest.MonkeyPatch, compilations: Compilations
+@pytest.mark.parametrize("lasting", [True, False], ids=["it would again", "it was in need"])
+def test_what_the_compiler_cannot_do_is_asked_once(
+    pool: Miniature, monkeypatch: pytest.MonkeyPatch, lasting: bool
 ) -> None:
-    """Where compare and exchange is refused, by the compiler or by the kernel."""
-    whole = Compilations()
+    """An old compiler has no compare and exchange, and takes long to say so; programs for old kernels come second."""
+    whole, asked = Compilations(), 0
 
     def refused(source: Path, include: Path, flags: Sequence[str], names: Sequence[str]) -> tuple[Compiled, str]:
+        nonlocal asked
         if "-DHAVE_ATOMICS=1" in flags:
-            raise CompilerFailed("error: unsupported instruction")
+            asked += 1
+            failed = CompilerFailed("error: unsupported instruction")
+            failed.lasting = lasting
+            raise failed
         return whole(source, include, flags, names)
 
     monkeypatch.setattr(probes, "compile_apart", refused)
     works(pool)
     works(pool)
-    assert whole.count == 1
+    assert (whole.count, asked) == (1, 1 if lasting else 2)
+    monkeypatch.setattr(probes, "bcc_version", lambda: "another")
+    works(pool)
+    assert (whole.count, asked) == (2, 2 if lasting else 3)
+
+
+def test_a_kernel_without_compare_and_exchange_is_not_compiled_for(
+    pool: Miniature, monkeypatch: pytest.MonkeyPatch, compilations: Compilations
+) -> None:
+    monkeypatch.setattr(probes, "_has_atomics", lambda: False)
+    works(pool)
+    assert compilations.count == 1
+    works(pool)
+    assert compilations.count == 1
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,8 @@ import pytest
 from tests.kernel.attaching import ALERT_ONLY, attached, counts, open_kernel_objects
 from tests.kernel.miniature import ELEMENT, Miniature, build
 from tracer import probes
-from tracer.maps import RequestRecord
+from tracer.errors import ProbeError
+from tracer.maps import KINDS, RequestRecord
 from tracer.probes import Parameters, Probes, Programs
 from tracer.sites.model import SITE_NAMES
 
@@ -127,6 +128,26 @@ def test_one_leaves_and_the_other_goes_on(three: list[Miniature], loaded: Progra
     other.close()
     again.close()
     assert [probed(pool, original) for pool in three] == [set()] * 3
+
+
+def test_no_room_for_the_counts_of_another(three: list[Miniature], monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is refused in words, and leaves nothing; those that are watched go on."""
+    monkeypatch.setattr(probes, "_max_statistics", lambda _: len(KINDS) + 3)
+    programs = Programs(list(three[0].sites.values()), ELEMENT, WHAT)
+    original = three[0].site_bytes()
+    one = enter(three[0], programs)
+    with pytest.raises(ProbeError, match=f"no room for the counts of process {three[1].pid} beside those of 1 other"):
+        enter(three[1], programs)
+    three[0].do("r23")
+    three[1].do("r42")
+    assert counts(one) == {"submitted": 23, "done": 23, "completed": 23}
+    one.close()
+    other = enter(three[1], programs)
+    three[1].do("r5")
+    assert counts(other) == {"submitted": 5, "done": 5, "completed": 5}
+    other.close()
+    programs.close()
+    assert probed(three[0], original) == set()
 
 
 @pytest.mark.parametrize("stayed", [True, False], ids=["another stays", "the last one"])

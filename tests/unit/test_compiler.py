@@ -260,6 +260,22 @@ def test_the_child_is_plain_enough_for_the_oldest_python() -> None:
     assert "annotations" not in text
 
 
+@pytest.mark.parametrize(
+    ("end", "reason", "lasting"),
+    [("os.abort()", r"\(0, 0\)", True), ("os.kill(os.getpid(), 9)", "", False)],
+    ids=["aborts", "is killed"],
+)
+def test_a_compiler_that_dies_leaves_no_core_file(
+    tmp_path: Path, python: str, end: str, reason: str, lasting: bool
+) -> None:
+    """LLVM 11 aborts at an instruction that it lacks, and would do so again."""
+    told = "import os, resource, sys; print(resource.getrlimit(resource.RLIMIT_CORE), file=sys.stderr, flush=True); "
+    package(python, None, told + end)
+    with pytest.raises(CompilerFailed, match=reason) as caught:
+        compile_apart(tmp_path / "program.c", tmp_path, [], ["on_done"])
+    assert caught.value.lasting is lasting
+
+
 DYING = {
     "a fatal signal": ("import os; os.abort()", "status -6"),
     "an error of clang": (
