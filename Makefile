@@ -10,6 +10,7 @@ PACKAGES_RUN := python3-venv python3-bpfcc
 PACKAGES_DEMO := $(PACKAGES_RUN) qemu-system-x86 qemu-utils busybox-static elfutils gdb
 PACKAGES_TEST := $(PACKAGES_DEMO) gcc libc6-dev clang lld
 PACKAGES_MATRIX := $(PACKAGES_TEST) debootstrap
+PACKAGES_KERNELS := $(PACKAGES_MATRIX) e2fsprogs
 PACKAGES_BENCH := $(PACKAGES_TEST) bpftrace bpfcc-tools linux-perf strace
 
 RINGS := tests/unit tests/kernel tests/qemu
@@ -44,7 +45,7 @@ else
 
 .PHONY: help
 help: ## Print this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 .PHONY: install
 install: packages-run $(VENV)/.installed ## Install into .venv: .venv/bin/aio-trace
@@ -61,14 +62,19 @@ test: root packages-test lint ## All checks and tests, with real QEMUs (root)
 test-matrix: root packages-matrix $(VENV)/.dev ## Live tests on the QEMUs of other Debian releases, in roots of their own (root)
 	@status=0; $(BIN)/python -m pytest -m matrix tests/matrix || status=$$?; $(GIVE_BACK); exit $$status
 
+.PHONY: test-kernels
+test-kernels: root packages-kernels $(VENV)/.dev ## Other Debian releases booted with their own kernels, each tried whole (root)
+	@status=0; $(BIN)/python -m pytest -m kernels tests/kernels || status=$$?; $(GIVE_BACK); exit $$status
+
 .PHONY: soak
-soak: root packages-matrix $(VENV)/.dev ## The tests' long forms, hours of them (root)
+soak: root packages-kernels $(VENV)/.dev ## The tests' long forms, hours of them (root)
 	@AIO_TRACE_SOAK_S=120 AIO_TRACE_REPEAT=20 AIO_TRACE_INSPECT_LOAD=10000 AIO_TRACE_BUSY_INSPECTS=200 AIO_TRACE_MUTATIONS=1000 \
 	AIO_TRACE_MUTANTS=10000 AIO_TRACE_MATRIX=1 AIO_TRACE_NUDGE_ROUNDS=100 AIO_TRACE_NUDGE_REFUSALS=1000 \
 	AIO_TRACE_BENCH_ROUNDS=2 \
 	$(BIN)/python -m pytest --override-ini timeout=10800 $(RINGS)
 	@AIO_TRACE_REPEAT=20 AIO_TRACE_NUDGE_ROUNDS=100 \
 	$(BIN)/python -m pytest --override-ini timeout=10800 -m matrix tests/matrix
+	@AIO_TRACE_REAL_TIME=1 $(BIN)/python -m pytest -m kernels tests/kernels
 
 .PHONY: bench
 bench: root packages-bench install ## What tracing costs, beside what others would use (root, 25 minutes)
@@ -99,7 +105,7 @@ clean: ## Remove everything that was made in this folder
 root:
 	@[ "$$(id -u)" = 0 ] || { echo "this needs root, and there is no sudo: make $(MAKECMDGOALS), as root" >&2; exit 1; }
 
-.PHONY: packages-run packages-demo packages-test packages-matrix packages-bench
+.PHONY: packages-run packages-demo packages-test packages-matrix packages-kernels packages-bench
 packages-run:
 	@bash .ci/packages $(PACKAGES_RUN)
 packages-demo:
@@ -108,6 +114,8 @@ packages-test:
 	@bash .ci/packages $(PACKAGES_TEST)
 packages-matrix:
 	@bash .ci/packages $(PACKAGES_MATRIX)
+packages-kernels:
+	@bash .ci/packages $(PACKAGES_KERNELS)
 packages-bench:
 	@bash .ci/packages $(PACKAGES_BENCH)
 

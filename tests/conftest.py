@@ -16,7 +16,7 @@ import pytest
 from tracer.lab.guest import cache_folder
 
 TESTS = Path(__file__).parent
-RINGS = ("unit", "kernel", "qemu", "matrix")
+RINGS = ("unit", "kernel", "qemu", "matrix", "kernels")
 
 
 def require(condition: object, reason: str) -> None:

@@ -12,7 +12,7 @@ import platform
 import re
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,7 +51,7 @@ def root_of(release: Release) -> Path:
     cache = cache_folder() / "roots"
     cache.mkdir(parents=True, exist_ok=True)
     root = cache / release.name
-    with _locked(cache / f".{release.name}.lock") as lock:
+    with locked(cache / f".{release.name}.lock") as lock:
         if not is_complete(root):
             remove(root)
             _make(release, root, lock)
@@ -78,7 +78,7 @@ def _mounts_in(root: Path) -> list[str]:
 
 
 @contextmanager
-def _locked(path: Path) -> Iterator[int]:
+def locked(path: Path) -> Iterator[int]:
     """Two runs at once make one root. Whoever has the descriptor holds the lock."""
     with open(path, "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
@@ -86,23 +86,28 @@ def _locked(path: Path) -> Iterator[int]:
 
 
 def _make(release: Release, root: Path, lock: int) -> None:
+    if release.backports is None:
+        debootstrap(release.suite, root, PACKAGES, lock)
+        return
+    debootstrap(release.suite, root, (), lock)
+    (root / "etc/apt/sources.list.d/backports.list").write_text(f"deb {mirror()} {release.backports} main\n")
+    run(["chroot", str(root), "apt-get", "update"], lock)
+    install = ["apt-get", "install", "-y", "--no-install-recommends", "-t", release.backports, *PACKAGES]
+    run(["chroot", str(root), *install], lock)
+    run(["chroot", str(root), "apt-get", "clean"])
+
+
+def debootstrap(suite: str, root: Path, packages: Sequence[str], *locks: int) -> None:
+    """Make a root of that suite with these packages. Raises RootMissing."""
     if platform.machine() != "x86_64":
         raise RootMissing("roots are made on x86-64 only")
     if not shutil.which("debootstrap"):
         raise RootMissing("debootstrap is not installed")
-    uri = mirror()
-    packages = PACKAGES if release.backports is None else ()
     # A mount namespace of its own: what debootstrap mounts is gone when it is, however it ends.
     command = ["unshare", "--mount", "debootstrap", "--variant=minbase"]
     if packages:
         command.append("--include=" + ",".join(packages))
-    _run([*command, release.suite, str(root), uri], lock)
-    if release.backports is not None:
-        (root / "etc/apt/sources.list.d/backports.list").write_text(f"deb {uri} {release.backports} main\n")
-        _run(["chroot", str(root), "apt-get", "update"], lock)
-        install = ["apt-get", "install", "-y", "--no-install-recommends", "-t", release.backports, *PACKAGES]
-        _run(["chroot", str(root), *install], lock)
-        _run(["chroot", str(root), "apt-get", "clean"])
+    run([*command, suite, str(root), mirror()], *locks)
 
 
 def mirror() -> str:
@@ -110,7 +115,7 @@ def mirror() -> str:
     found = re.search(r"^VERSION_CODENAME=\"?(\w+)", Path("/etc/os-release").read_text(), re.M)
     codename = found[1] if found else ""
     try:
-        lines = _run(["apt-get", "indextargets", "--format", "$(CODENAME) $(COMPONENT) $(REPO_URI)", *_INDEXES])
+        lines = run(["apt-get", "indextargets", "--format", "$(CODENAME) $(COMPONENT) $(REPO_URI)", *_INDEXES])
     except RootMissing as error:
         raise RootMissing(f"this host's apt does not tell a Debian mirror: {error}") from error
     for line in lines.splitlines():
@@ -123,8 +128,8 @@ def mirror() -> str:
 _INDEXES = ("Created-By: Packages",)
 
 
-def _run(command: list[str], *locks: int) -> str:
-    """What it prints. It keeps `locks` as long as it runs, even if this process is killed meanwhile."""
+def run(command: Sequence[str], *locks: int) -> str:
+    """What the command prints. It keeps `locks` as long as it runs, even if this process is killed meanwhile."""
     environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive", "LC_ALL": "C.UTF-8", **_proxies()}
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S, env=environment, check=False)

@@ -177,7 +177,7 @@ def _publish(path: Path, data: bytes) -> None:
 
 def make_initramfs(kernel: Path, busybox: Path) -> bytes:
     """A cpio archive of /init, busybox and the kernel's virtio modules."""
-    modules = _modules(kernel)
+    modules = modules_of(kernel, MODULES)
     order = "\n".join(f"{name}.ko" for name in modules)
     files = [
         ("bin", 0o40755, b""),
@@ -190,8 +190,8 @@ def make_initramfs(kernel: Path, busybox: Path) -> bytes:
     return cpio(files)
 
 
-def _modules(kernel: Path) -> dict[str, bytes]:
-    """Contents of MODULES and what they need, by name, in an order in which they can be loaded.
+def modules_of(kernel: Path, names: Iterable[str]) -> dict[str, bytes]:
+    """Contents of those modules and what they need, by name, in an order in which they can be loaded.
 
     A module that is not there is built into the kernel.
     """
@@ -208,7 +208,7 @@ def _modules(kernel: Path) -> dict[str, bytes]:
             add(other)
         found[name] = data
 
-    for name in MODULES:
+    for name in names:
         add(name)
     return found
 
