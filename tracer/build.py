@@ -21,6 +21,7 @@ from tracer.view import ProcessView
 
 #: worker_thread (util/thread-pool.c) is no longer than this in any build seen; bytes.
 WORKER_SIZE = 2048
+_ADDRESSES = 1 << 64
 
 
 @dataclass(frozen=True)
@@ -88,8 +89,11 @@ def _not_located(name: str, version: str | None, error: SitesNotFound) -> Target
 def load(view: ProcessView, build: Build) -> Loaded:
     """The build as it stands in this process. Raises TargetError."""
     memory = view.memory
-    bias = view.entry_address() - build.entry
+    entry = view.entry_address()
+    bias = entry - build.entry
     functions = build.located.functions
+    if not all(0 <= address + bias < _ADDRESSES for address in functions.values()):
+        raise TargetError(f"process {view.pid} cannot run this executable: its entry point is at {entry:#x}")
     worker = functions["worker_thread"]
     end = min((f for f in functions.values() if f > worker), default=worker + WORKER_SIZE)
     return Loaded(

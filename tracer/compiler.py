@@ -24,6 +24,7 @@ import bpf.compile
 from bpf.compile import BCC_MISSING
 from tracer import cgroup
 from tracer.errors import add_note
+from tracer.text import read_json
 
 TIMEOUT_S = 120.0
 #: What LLVM and we take in a control group, about.
@@ -90,7 +91,10 @@ class Compiled:
     @classmethod
     def from_bytes(cls, content: bytes) -> Compiled:
         """What to_bytes() made. Raises ValueError, KeyError or TypeError for anything else."""
-        read = json.loads(content)
+        try:
+            read = read_json(content)
+        except RecursionError as error:
+            raise ValueError("too deep") from error
         programs = {str(name): base64.b64decode(code) for name, code in dict(read["programs"]).items()}
         maps = tuple(MapShape(str(name), *map(int, rest)) for name, *rest in read["maps"])
         for code in programs.values():

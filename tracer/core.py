@@ -11,7 +11,9 @@ from __future__ import annotations
 import mmap
 import os
 import struct
+from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from functools import cached_property
 from typing import Any
 
@@ -35,7 +37,10 @@ _PT_LOAD, _PT_DYNAMIC, _PT_NOTE = 1, 2, 4
 _NT_GNU_BUILD_ID = 3
 #: Tags of the dynamic section whose values the loader relocates in place (elf/get-dynamic-info.h of glibc).
 _RELOCATED_TAGS = frozenset({3, 4, 5, 6, 7, 23, 0x6FFFFEF5, 0x6FFFFFF0})
-_LARGEST_IMAGE = 256 << 20
+_LARGEST_IMAGE = 128 << 20
+#: In auxv's direction from the end of the stack: how many NULLs may end argv, so that not all are tried.
+_MAX_ENDS = 64
+_MAX_FD_DIGITS = 9
 _MAX_SEGMENTS = 64
 
 
@@ -198,7 +203,16 @@ class CoreView:
     # Files that are mapped.
 
     def _file_at(self, address: int) -> FileMapping | None:
-        return next((mapping for mapping in self._files if mapping.start <= address < mapping.end), None)
+        at = bisect_right(self._starts, address) - 1
+        return self._by_start[at] if at >= 0 and address < self._by_start[at].end else None
+
+    @cached_property
+    def _by_start(self) -> list[FileMapping]:
+        return sorted(self._files, key=lambda mapping: mapping.start)
+
+    @cached_property
+    def _starts(self) -> list[int]:
+        return [mapping.start for mapping in self._by_start]
 
     def _base(self, mapping: FileMapping) -> int | None:
         """Where the file's first byte is mapped."""
@@ -211,7 +225,7 @@ class CoreView:
         if head[:5] != b"\x7fELF\x02":
             raise ImageError(f"there is no ELF file at {base:#x}")
         offset, size, count = *struct.unpack_from("<Q", head, 32), *struct.unpack_from("<HH", head, 54)
-        if size < 56 or count > _MAX_SEGMENTS:
+        if size != 56 or count > _MAX_SEGMENTS:
             raise ImageError(f"the ELF file at {base:#x} is damaged")
         return [struct.unpack("<IIQQQQQQ", self.file.read(base + offset + size * row, 56)) for row in range(count)]
 
@@ -305,11 +319,13 @@ class CoreView:
         return Region(start, end, permissions, 0, "[heap]" if self._is_heap(start, permissions) else "")
 
     def _is_heap(self, start: int, permissions: str) -> bool:
+        end = self._exe_end
+        return end is not None and permissions.startswith("rw") and end <= start < end + BRK_RANGE
+
+    @cached_property
+    def _exe_end(self) -> int | None:
         exe = self._exe_mapping
-        if exe is None or not permissions.startswith("rw"):
-            return False
-        end = max(mapping.end for mapping in self._files if mapping.path == exe.path)
-        return end <= start < end + BRK_RANGE
+        return None if exe is None else max(mapping.end for mapping in self._files if mapping.path == exe.path)
 
     def heap_chunks(self) -> Iterable[tuple[int, bytes]]:
         """malloc's memory as far as the core holds it, without guest RAM."""
@@ -321,9 +337,10 @@ class CoreView:
 
     def _chunks(self, region: Region) -> Iterator[tuple[int, bytes]]:
         load = self.file.load_at(region.start)
-        end = region.start + load.present if load else region.start
-        for address in range(region.start, end, CHUNK):
-            yield address, self.file.read(address, min(CHUNK, end - address))
+        for start, end in self.file.extents(load) if load else ():
+            for address in range(start, end, CHUNK):
+                with suppress(FaultError):
+                    yield address, self.file.read(address, min(CHUNK, end - address))
 
     def missing(self) -> tuple[str, ...]:
         """What was cut off or damaged, and whether the heap is there at all."""
@@ -409,7 +426,7 @@ class CoreView:
     def files(self) -> dict[int, str]:
         """Every open file descriptor, where noted."""
         noted = _member(self._facts, "files")
-        return {int(fd): path for fd, path in noted.items() if fd.isdecimal() and isinstance(path, str)}
+        return {int(fd): path for fd, path in noted.items() if _is_number(fd) and isinstance(path, str)}
 
     def file_of(self, fd: int) -> str | None:
         """What a file descriptor referred to, where noted."""
@@ -418,7 +435,7 @@ class CoreView:
     def eventfd_count(self, fd: int) -> int | None:
         """The counter of an eventfd, where noted."""
         count = _member(self._facts, "eventfds").get(str(fd))
-        return count if isinstance(count, int) else None
+        return count if isinstance(count, int) and 0 <= count < 1 << 64 else None
 
     def epoll_holds(self, epoll_fd: int, fd: int) -> bool | None:
         """Whether an epoll set held `fd`, where noted."""
@@ -428,7 +445,7 @@ class CoreView:
     def kernel_stack(self, tid: int) -> tuple[str, ...]:
         """The thread's kernel functions, where noted."""
         noted = _member(_member(self._facts, "threads"), str(tid)).get("kernel_stack")
-        return tuple(str(name) for name in noted) if isinstance(noted, list) else ()
+        return tuple(name for name in noted if isinstance(name, str)) if isinstance(noted, list) else ()
 
     def asleep_s(self, tid: int) -> float | None:
         """How long a thread had not run, where noted."""
@@ -436,10 +453,14 @@ class CoreView:
         return float(noted) if isinstance(noted, (int, float)) else None
 
 
+def _is_number(text: str) -> bool:
+    return len(text) <= _MAX_FD_DIGITS and text.isascii() and text.isdecimal()
+
+
 def _argument_vector(words: tuple[int, ...]) -> tuple[int, ...]:
     """argv out of argc, argv, NULL, envp, NULL, the beginning of auxv; empty where it is not that."""
     nulls = [index for index, word in enumerate(words) if not word]
-    for end in reversed(nulls[:-1]):
+    for end in reversed(nulls[:-1][-_MAX_ENDS:]):
         # The number of arguments stands before them.
         for count in range(1, min(end, MAX_ARGUMENTS)):
             if words[end - count - 1] == count:

@@ -1,15 +1,16 @@
 """Core files of a process: memory, threads and what the kernel noted beside them.
 
 Knows: ELF64 ET_CORE as the kernel, gdb's gcore and tracer/save write it (x86-64), and how to tell it from
-what else is called a dump. Does not know QEMU's structures. The file is mapped, not read: a core of 64
-GiB costs no more than one of 64 KiB. A truncated core is used as far as it goes; `damage` says what is
-missing. What cannot be used at all raises CoreError with one sentence.
+what else is called a dump. Does not know QEMU's structures. The file is read where it is asked for: a core of
+64 GiB costs no more than one of 64 KiB, and one that shrinks meanwhile just ends earlier. A truncated core is
+used as far as it goes; `damage` says what is missing. Nothing is believed of how much there is: each byte of the
+file is part of one segment, and notes have bounds in number and size. What cannot be used at all raises
+CoreError with one sentence.
 """
 
 from __future__ import annotations
 
-import json
-import mmap
+import errno
 import os
 import stat
 import struct
@@ -22,6 +23,7 @@ from tracer.errors import CoreError, FaultError, folder_hint, pasted
 from tracer.memory import PAGE
 from tracer.records import dataclass
 from tracer.target import SystemCall, syscall_name
+from tracer.text import read_json
 
 ET_CORE, EM_X86_64 = 4, 62
 PT_LOAD, PT_NOTE, PN_XNUM = 1, 4, 0xFFFF
@@ -30,6 +32,7 @@ AT_NULL = 0
 NT_PRSTATUS, NT_PRPSINFO, NT_AUXV, NT_FILE = 1, 3, 6, 0x46494C45
 #: tracer/save's own note: what /proc tells beside memory, as JSON.
 OWN_NOTE, NT_FACTS = b"aio-trace", 1
+_NOTES = frozenset({*((b"CORE", kind) for kind in (NT_PRSTATUS, NT_PRPSINFO, NT_AUXV, NT_FILE)), (OWN_NOTE, NT_FACTS)})
 
 #: struct user_regs_struct (sys/user.h) and where it lies in struct elf_prstatus (sys/procfs.h).
 REGISTERS = (
@@ -45,7 +48,12 @@ INTERRUPTED = frozenset({-4, -38, -512, -513, -514, -516})
 #: Names of the notes that dump-guest-memory writes (dump/dump.c), and how far from the start they are sought.
 GUEST_NOTES = (b"QEMU", b"VMCOREINFO")
 _NOTES_AHEAD = 64 << 10
-_MAX_HEADERS, _MAX_NOTES, _MAX_MAPPINGS = 1 << 20, 1 << 18, 1 << 18
+_MAX_HEADERS, _MAX_NOTES, _MAX_MAPPINGS, _MAX_THREADS = 1 << 18, 1 << 18, 1 << 18, 1 << 14
+#: Bytes of the notes that are read, of all together; and of tracer/save's own.
+_NOTES_SIZE, _FACTS_SIZE = 64 << 20, 4 << 20
+#: Bytes of the file that are read at once.
+_AT_ONCE = 64 << 10
+_ADDRESSES = 1 << 64
 
 _OTHER_DUMPS = (
     (b"KDUMP   ", "a dump of the guest's memory (kdump-compressed)"),
@@ -123,7 +131,7 @@ class CoreFile:
     def __init__(self, path: str) -> None:
         self.path = path
         self._damage: list[str] = []
-        self._data = _map(path)
+        self._data = _open(path)
         try:
             self._read()
         except BaseException:
@@ -151,13 +159,20 @@ class CoreFile:
             if load is None or there <= 0:
                 raise FaultError(address, size)
             step = min(left, there)
-            begin = load.offset + at - load.start
-            parts.append(self._data[begin : begin + step])
+            found = self._data.read(load.offset + at - load.start, step)
+            if len(found) != step:
+                raise FaultError(address, size)
+            parts.append(found)
             at += step
             left -= step
         if size < 0:
             raise FaultError(address, size)
         return b"".join(parts)
+
+    def extents(self, load: Load) -> Iterator[tuple[int, int]]:
+        """[start, end) of the addresses in it of which the file has more than a hole, which reads as zeros."""
+        for start, end in self._data.extents(load.offset, load.present):
+            yield load.start + start - load.offset, load.start + end - load.offset
 
     def load_at(self, address: int) -> Load | None:
         """The segment around `address`, or None."""
@@ -173,13 +188,11 @@ class CoreFile:
 
     def _read(self) -> None:
         offset, size, count = self._header()
-        headers = list(self._program_headers(offset, size, count))
+        headers = [header for header in self._program_headers(offset, size, count) if header[0] in (PT_LOAD, PT_NOTE)]
         self.loads = tuple(sorted(self._loads(headers), key=lambda load: load.start))
         notes: dict[tuple[bytes, int], list[bytes]] = {}
-        for kind, start, length in ((h[0], h[2], h[5]) for h in headers):
-            if kind == PT_NOTE:
-                for name, number, data in self._notes(start, length):
-                    notes.setdefault((name, number), []).append(data)
+        for name, number, data in self._notes([(h[2], h[5]) for h in headers if h[0] == PT_NOTE]):
+            notes.setdefault((name, number), []).append(data)
         if any(name in GUEST_NOTES for name, _ in notes):
             raise self._of_the_guest()
         self.auxv = _auxiliary(notes.get((b"CORE", NT_AUXV), []))
@@ -194,12 +207,12 @@ class CoreFile:
 
     def _header(self) -> tuple[int, int, int]:
         """Where the program headers are: offset, size of one, count."""
-        head = self._data[:64]
+        head = self._data.read(0, 64)
         if head[:4] != b"\x7fELF":
             self._refuse(head)
         if len(head) < 64:
             raise CoreError(f"{self.path} ends within its first header", _TAKE_ONE)
-        if (head[4] != 2 or head[18] != EM_X86_64) and self._data.find(b"QEMU\0", 0, _NOTES_AHEAD) >= 0:
+        if (head[4] != 2 or head[18] != EM_X86_64) and b"QEMU\0" in self._data.read(0, _NOTES_AHEAD):
             raise self._of_the_guest()  # as the guest's CPUs are: of 16 or 32 bits, or of another machine
         if head[4] != 2 or head[5] != 1:
             raise CoreError(f"{self.path} is not a core of a 64-bit little-endian process", _TAKE_ONE)
@@ -214,10 +227,10 @@ class CoreFile:
                 f"{self.path} is the core of another machine's process ({machine}); x86-64 is read here",
                 f"file {pasted(self.path)}",
             )
-        if phnum == PN_XNUM and shoff + 48 <= len(self._data):
-            phnum = struct.unpack_from("<I", self._data, shoff + 44)[0]
-        if phentsize < 56 or phnum > _MAX_HEADERS:
-            raise CoreError(f"{self.path} is damaged: program headers of {phentsize} bytes", _TAKE_ONE)
+        if phnum == PN_XNUM and len(count := self._data.read(shoff + 44, 4)) == 4:
+            phnum = struct.unpack("<I", count)[0]
+        if phentsize != 56 or phnum > _MAX_HEADERS:
+            raise CoreError(f"{self.path} is damaged: {phnum} program headers of {phentsize} bytes", _TAKE_ONE)
         return phoff, phentsize, phnum
 
     def _of_the_guest(self) -> CoreError:
@@ -236,43 +249,65 @@ class CoreFile:
         raise CoreError(f"{self.path} is not a core file", _TAKE_ONE)
 
     def _program_headers(self, offset: int, size: int, count: int) -> Iterator[tuple[int, ...]]:
-        for number in range(count):
-            at = offset + number * size
-            if at + 56 > len(self._data):
-                self._damage.append(f"{count - number} of {count} program headers are missing")
-                return
-            yield struct.unpack_from("<IIQQQQQQ", self._data, at)
+        at_once = max(1, _AT_ONCE // size)
+        for first in range(0, count, at_once):
+            data = self._data.read(offset + first * size, min(at_once, count - first) * size)
+            for number in range(first, min(first + at_once, count)):
+                at = (number - first) * size
+                if at + 56 > len(data):
+                    self._damage.append(f"{count - number} of {count} program headers are missing")
+                    return
+                yield struct.unpack_from("<IIQQQQQQ", data, at)
 
     def _loads(self, headers: list[tuple[int, ...]]) -> Iterator[Load]:
-        missing = 0
-        for kind, flags, offset, vaddr, _, filesz, memsz, _ in headers:
-            if kind == PT_LOAD:
-                there = max(0, min(filesz, len(self._data) - offset))
-                missing += filesz - there
-                yield Load(vaddr, max(memsz, there), offset, there, flags)
+        missing = shared = outside = taken = 0
+        loads = (header for header in headers if header[0] == PT_LOAD)
+        for _, flags, offset, vaddr, _, filesz, memsz, _ in sorted(loads, key=lambda header: header[2]):
+            there = max(0, min(filesz, len(self._data) - offset))
+            missing += filesz - there
+            if there and offset < taken:
+                shared, there = shared + there, 0
+            taken = max(taken, offset + there)
+            if vaddr + max(memsz, there) > _ADDRESSES:
+                outside += 1
+                continue
+            yield Load(vaddr, max(memsz, there), offset, there, flags)
         if missing:
             self._damage.append(f"the core is cut off: {missing / (1 << 20):.1f} MiB of memory are missing at its end")
+        if shared or outside:
+            self._damage.append("the core is damaged: segments share bytes of the file, or lie outside of any memory")
 
-    def _notes(self, start: int, size: int) -> Iterator[tuple[bytes, int, bytes]]:
-        end = min(start + size, len(self._data))
-        if end < start + size:
-            self._damage.append("the core is cut off within its notes")
-        at = start
-        for _ in range(_MAX_NOTES):
-            if at + 12 > end:
-                return
-            namesz, descsz, kind = struct.unpack_from("<III", self._data, at)
-            name = at + 12
-            desc = name + (namesz + 3 & ~3)
-            at = desc + (descsz + 3 & ~3)
-            if desc + descsz > end:
-                self._damage.append("a note is damaged or cut off")
-                return
-            yield self._data[name : name + namesz].rstrip(b"\0"), kind, self._data[desc : desc + descsz]
+    def _notes(self, places: list[tuple[int, int]]) -> Iterator[tuple[bytes, int, bytes]]:
+        """Name, kind and content of those that are of use here. Of a sound core's, all are within the bounds."""
+        left, size_left = _MAX_NOTES, _NOTES_SIZE
+        for start, size in places:
+            at, end = start, min(start + size, len(self._data))
+            if end < start + size:
+                self._damage.append("the core is cut off within its notes")
+            while at + 12 <= end:
+                head = self._data.read(at, 12 + 16)
+                if len(head) < 12:
+                    break
+                namesz, descsz, kind = struct.unpack_from("<III", head)
+                desc = at + 12 + (namesz + 3 & ~3)
+                at = desc + (descsz + 3 & ~3)
+                name = head[12 : 12 + namesz].rstrip(b"\0")
+                wanted = name in GUEST_NOTES or (name, kind) in _NOTES
+                left, size_left = left - 1, size_left - descsz * wanted
+                if left < 0 or size_left < 0:
+                    self._damage.append("the core is damaged: it has more notes than any process could need")
+                    return
+                if desc + descsz > end:
+                    self._damage.append("a note is damaged or cut off")
+                    break
+                if wanted:
+                    yield name, kind, self._data.read(desc, descsz)
 
     def _threads(self, notes: list[bytes]) -> tuple[CoreThread, ...]:
         found: dict[int, CoreThread] = {}
-        for data in notes:
+        if len(notes) > _MAX_THREADS:
+            self._damage.append(f"the core has {len(notes)} threads, of which {_MAX_THREADS} are looked at")
+        for data in notes[:_MAX_THREADS]:
             if len(data) < PRSTATUS_REGISTERS + 8 * len(REGISTERS):
                 self._damage.append("a thread's registers are damaged")
                 continue
@@ -302,7 +337,7 @@ class CoreFile:
     def _facts(self, notes: list[bytes]) -> dict[str, Any] | None:
         for data in notes:
             try:
-                facts = json.loads(data)
+                facts = read_json(data[: _FACTS_SIZE + 1])  # one that is longer is cut, and so damaged
             except (ValueError, RecursionError):
                 self._damage.append("the note on open files is damaged")
                 continue
@@ -311,19 +346,63 @@ class CoreFile:
         return None
 
 
-def _map(path: str) -> mmap.mmap:
+class _Bytes:
+    """A file's bytes. They are not mapped: to touch what was cut off meanwhile would end this process."""
+
+    def __init__(self, fd: int) -> None:
+        """The descriptor is ours from now on."""
+        self._fd = fd
+        self._size = os.fstat(fd).st_size
+
+    def __len__(self) -> int:
+        return self._size
+
+    def read(self, offset: int, size: int) -> bytes:
+        """At most `size` bytes: fewer where the file ends, or cannot be read."""
+        size = max(0, min(size, self._size - offset))
+        parts = []
+        while size > 0:
+            try:
+                part = os.pread(self._fd, size, offset)
+            except OSError:
+                break
+            if not part:
+                break
+            parts.append(part)
+            offset, size = offset + len(part), size - len(part)
+        return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    def extents(self, start: int, size: int) -> Iterator[tuple[int, int]]:
+        """[start, end) of what is no hole, as far as the file system tells."""
+        end = min(start + size, self._size)
+        while start < end:
+            try:
+                first = os.lseek(self._fd, start, os.SEEK_DATA)
+                last = os.lseek(self._fd, first, os.SEEK_HOLE) if first < end else end
+            except OSError as error:
+                if error.errno == errno.ENXIO:  # nothing but a hole is left
+                    return
+                first, last = start, end
+            if first < min(last, end):
+                yield first, min(last, end)
+            start = max(last, start + 1)
+
+    def close(self) -> None:
+        os.close(self._fd)
+
+
+def _open(path: str) -> _Bytes:
     try:
         mode = os.stat(path).st_mode
         if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
             # To open a named pipe would wait for ever.
             hint = f"cat {pasted(path)} >qemu.core" if stat.S_ISFIFO(mode) else _TAKE_ONE
             raise CoreError(f"{path} is not a file", hint)
-        with open(path, "rb") as file:
-            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        if stat.S_ISDIR(mode):
+            raise CoreError(f"{path} is a folder, not a core file", _TAKE_ONE)
+        found = _Bytes(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC))
     except FileNotFoundError as error:
         raise CoreError(f"there is no file {path}", folder_hint(path)) from error
-    except IsADirectoryError as error:
-        raise CoreError(f"{path} is a folder, not a core file", _TAKE_ONE) from error
     except PermissionError as error:
         raise CoreError(
             f"{path} may not be read: {error.strerror}", f"sudo aio-trace inspect --core {pasted(path)}"
@@ -331,7 +410,11 @@ def _map(path: str) -> mmap.mmap:
     except OSError as error:
         raise CoreError(f"cannot read {path}: {error.strerror}", _TAKE_ONE) from error
     except ValueError as error:
-        raise CoreError(f"{path} is empty", _TAKE_ONE) from error
+        raise CoreError(f"{path!r} is no name of a file", _TAKE_ONE) from error
+    if not len(found):
+        found.close()
+        raise CoreError(f"{path} is empty", _TAKE_ONE)
+    return found
 
 
 def _auxiliary(notes: list[bytes]) -> dict[int, int]:

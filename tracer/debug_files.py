@@ -16,7 +16,8 @@ from tracer.errors import ImageError
 from tracer.records import dataclass
 
 _MAX_PACKED = 1 << 26
-_MAX_UNPACKED = 1 << 28
+_MAX_UNPACKED = 1 << 26
+_MAX_MEMORY = 1 << 28
 _FOLDER = "usr/lib/debug"
 _CHUNK = 1 << 20
 
@@ -153,7 +154,7 @@ def _unpacked(packed: bytes) -> bytes:
         raise ImageError("it is far too large")
     import lzma
 
-    unpacker = lzma.LZMADecompressor(memlimit=_MAX_UNPACKED)
+    unpacker = lzma.LZMADecompressor(memlimit=_MAX_MEMORY)
     try:
         data = unpacker.decompress(packed, _MAX_UNPACKED)
     except lzma.LZMAError as error:

@@ -41,6 +41,10 @@ _SYMBOL_SIZE = _RELA_SIZE = 24
 _MAX_CHAIN = 4096
 _MAX_HITS = 4096
 _MAX_TABLE = 1 << 20
+# Bytes that are read at once, and of a whole file: a few times what any QEMU has in one section, and with all
+# of its debug information. A file with holes may claim to be as large as it likes.
+_MAX_READ = 1 << 26
+_MAX_WHOLE = 1 << 28
 
 # What each program prints for --version: system/vl.c, qemu-img.c, storage-daemon/qemu-storage-daemon.c,
 # qemu-io.c, and qemu-nbd.c and scsi/qemu-pr-helper.c. The last three print their own name with %s.
@@ -247,8 +251,8 @@ class Image:
         return next((section for section in self._sections if section.name == name), None)
 
     def whole(self) -> bytes:
-        """All of the file."""
-        return self._bytes(0, len(self._data))
+        """All of the file; ImageError where that is too much."""
+        return self._bytes(0, len(self._data), _MAX_WHOLE)
 
     def section_bytes(self, section: Section) -> bytes:
         return b"" if section.kind == _SHT_NOBITS else self._bytes(section.offset, section.size)
@@ -432,7 +436,9 @@ class Image:
 
     # The inside.
 
-    def _bytes(self, offset: int, size: int) -> bytes:
+    def _bytes(self, offset: int, size: int, most: int = _MAX_READ) -> bytes:
+        if size > most:
+            raise ImageError(f"{self._path} is damaged: it claims to hold {size >> 20} MiB where no QEMU has that much")
         if offset < 0 or size < 0 or offset + size > len(self._data):
             raise ImageError(f"{self._path} is damaged: it ends before {offset + size:#x}")
         return self._data[offset : offset + size]
@@ -441,7 +447,7 @@ class Image:
         return struct.unpack(form, self._bytes(offset, struct.calcsize(form)))
 
     def _program_headers(self, offset: int, size: int, count: int) -> Iterator[tuple[int, ...]]:
-        if size < 56:
+        if size != 56:
             raise ImageError(f"{self._path} is damaged: program headers of {size} bytes")
         for number in range(count):
             kind, flags, start, vaddr, _, filesz, memsz = self._unpack("<IIQQQQQ", offset + number * size)

@@ -34,6 +34,8 @@ GOODBYE_S = 1.0
 # Columns of /proc/net/unix: flags of a socket that listens, state of one that is served.
 LISTENS, SERVED = 0x10000, 0x03
 GREETING = 4096
+#: What the library raises where the connection is of no use; it asserts where the other side is gone at once.
+_LOST = (QMPError, OSError, EOFError, AssertionError)
 
 T = TypeVar("T")
 
@@ -99,7 +101,7 @@ class SocketMonitor:
         except TimeoutError as error:
             what = f"the monitor at {self._path} greets, but does not answer within {self._timeout_s:g} s"
             raise self._dead(what) from error
-        except (QMPError, OSError, EOFError) as error:
+        except _LOST as error:
             raise MonitorError(f"QMP cannot be begun at {self._path}: {_short(error)}") from error
 
     def _run(self, work: Coroutine[Any, Any, T]) -> T:
@@ -113,7 +115,7 @@ class SocketMonitor:
             raise self._dead(f"the monitor did not answer {command} within {self._timeout_s:g} s") from error
         except ExecuteError as error:
             raise CommandRefused(f"the monitor refused {command}: {_short(error)}") from error
-        except (QMPError, OSError, EOFError) as error:
+        except _LOST as error:
             raise MonitorError(f"the monitor was lost during {command}: {_short(error)}") from error
 
     def spelled(self, line: str) -> str:

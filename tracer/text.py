@@ -7,6 +7,7 @@ which Python keeps as lone surrogates. Does not know where text comes from.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -37,6 +38,31 @@ def exact(value: Any) -> Any:
         return {exact(name): exact(member) for name, member in value.items()}
     if isinstance(value, (list, tuple)):
         return [exact(member) for member in value]
+    return value
+
+
+def read_json(text: str | bytes) -> Any:
+    """JSON of others: as json.loads(), but a number that is none, or longer than any of ours, is a ValueError, too.
+
+    Raises ValueError or RecursionError.
+    """
+    return json.loads(text, parse_int=_integer, parse_float=_number, parse_constant=_number)
+
+
+#: Digits of 2 to the power of 64, with a sign.
+_MOST_DIGITS = 21
+_LONGEST = 400
+
+
+def _integer(text: str) -> int:
+    if len(text) > _MOST_DIGITS:
+        raise ValueError(f"a number of {len(text)} digits")
+    return int(text)
+
+
+def _number(text: str) -> float:
+    if len(text) > _LONGEST or not math.isfinite(value := float(text)):
+        raise ValueError(f"{text[:20]} is no number")
     return value
 
 

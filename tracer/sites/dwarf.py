@@ -106,7 +106,11 @@ def _read(image: Image) -> Information:
     section = image.section(".debug_info")
     if section is None or section.size > _MAX_INFO:
         raise NotProved("the debug information is too large")
-    dwarf = ELFFile(BytesIO(image.whole())).get_dwarf_info(relocate_dwarf_sections=False)
+    file = ELFFile(BytesIO(image.whole()))
+    sizes = [part.data_size for part in file.iter_sections() if part.name.startswith((".debug_", ".zdebug_"))]
+    if sum(sizes) > _MAX_INFO:  # unpacked, and of sections that are not in the file at all
+        raise NotProved("the debug information is too large")
+    dwarf = file.get_dwarf_info(relocate_dwarf_sections=False)
     entries = [entry for unit in _units(dwarf) for entry in _entries(unit)]
     structures = {_name(entry): entry for entry in entries if _is_structure(entry)}
     functions = {
