@@ -19,7 +19,7 @@ from tests.conftest import require
 from tests.fuzzing import KINDS
 
 ROOT = Path(__file__).resolve().parents[2]
-COUNT = int(os.environ.get("AIO_TRACE_FUZZ", "80"))
+COUNT = int(os.environ.get("AIO_TRACE_FUZZ", "60"))
 #: A long run has other inputs than the short one, which would be the same each time.
 SEED = 1 if COUNT < 1000 else 2
 
