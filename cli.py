@@ -162,13 +162,38 @@ def _handle_signals(stop: Stop) -> None:
     signal.signal(signal.SIGPIPE, signal.SIG_IGN)
 
 
+#: What tells which QEMU is meant, and how it is reached: the last of two would be taken, and the first forgotten.
+ONCE = frozenset({"pid", "core", "exe", "save", "socket_path", "via", "domain", "nudge_socket"})
+
+
+def _refuse_twice(command: click.Command, ctx: click.Context, args: list[str]) -> None:
+    """Raise UsageError for an option of ONCE that is there twice."""
+    _, _, order = command.make_parser(ctx).parse_args(args=list(args))
+    options = [each for each in order if isinstance(each, click.Option) and each.name in ONCE and not each.multiple]
+    for option in options:
+        if options.count(option) > 1:
+            raise click.UsageError(f"{option.opts[0]} is there twice; give it once.", ctx)
+
+
+class Command(click.Command):
+    """A command that refuses what cannot be meant."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """As click does."""
+        _refuse_twice(self, ctx, args)
+        return super().parse_args(ctx, args)
+
+
 class Group(click.Group):
     """`aio-trace --pid PID` is the main job; a word after it is a command."""
+
+    command_class = Command
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """As click does, but no arguments at all show the help."""
         if not args:
             args = ["--help"]
+        _refuse_twice(self, ctx, args)
         return super().parse_args(ctx, args)
 
 
@@ -274,6 +299,8 @@ def aio_trace(
         return
     if not pids and not everything:
         raise click.UsageError("Which QEMU? Give --pid PID, or --all.")
+    if nudge_socket == "":
+        raise click.UsageError("--nudge needs the path of a socket.")
     if nudge_socket and (everything or len(set(pids)) != 1):
         raise click.UsageError("--nudge SOCKET is the monitor of one process; give exactly one --pid.")
     from tracer.session import Options
@@ -643,6 +670,8 @@ def nudge(
     tiny read. --force is for a monitor that is dead, too. Exit status: 0 freed, 1 could not do it or not for
     this, 2 usage, 3 not freed.
     """
+    if socket_path == "":
+        raise click.UsageError("--qmp needs the path of a socket.")
     if not (socket_path or via or force):
         raise click.UsageError("How? Give --qmp SOCKET, --via virsh, or --force.")
     if socket_path and via:

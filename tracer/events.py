@@ -83,7 +83,10 @@ class Latency:
 
 @dataclass(frozen=True)
 class Counts(Event):
-    """Figures of a period: since the last interval, or (`final`) of the whole trace."""
+    """Figures of a period: since the last interval, or (`final`) of the whole trace.
+
+    `by_kind` and `by_file` are None where this mode does not tell kinds and files.
+    """
 
     final: bool
     period_s: float
@@ -91,9 +94,9 @@ class Counts(Event):
     alerts: int
     lost_records: int
     latency: Mapping[str, Latency]
-    by_kind: Mapping[str, Mapping[str, Latency]]
+    by_kind: Mapping[str, Mapping[str, Latency]] | None
     notes: tuple[str, ...] = ()
-    by_file: Mapping[str, Mapping[str, Latency]] = field(default_factory=dict)
+    by_file: Mapping[str, Mapping[str, Latency]] | None = None
     late: int | None = None  # completed, but a deadline or more after being done: cured by chance
 
 
@@ -117,6 +120,7 @@ class Alert(Event):
     evidence: Mapping[str, Any]
     seen_from: str
     submit_age_s: float | None = None
+    there_before: bool = False  # in QEMU's memory already when the trace began
 
     @property
     def overdue_s(self) -> float:

@@ -6,9 +6,12 @@ Knows: how bpf/aio_trace.c buckets latencies. Does not know formats.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from typing import TypeVar
 
 from tracer.events import Latency, Requests
-from tracer.maps import COUNTERS, STAGES, Histogram, Statistics, Subject, bucket_upper_ns
+from tracer.maps import COUNTERS, STAGES, Histogram, Statistics, bucket_upper_ns
+
+Key = TypeVar("Key")
 
 
 def combined(some: Iterable[Statistics]) -> Statistics:
@@ -22,9 +25,7 @@ def combined(some: Iterable[Statistics]) -> Statistics:
     return total
 
 
-def grouped(
-    by_subject: Mapping[Subject, Statistics], group_of: Callable[[Subject], str | None]
-) -> dict[str, Statistics]:
+def grouped(by_subject: Mapping[Key, Statistics], group_of: Callable[[Key], str | None]) -> dict[str, Statistics]:
     """The counts by another name for each subject; what has none, or counted nothing, is left out."""
     groups: dict[str, list[Statistics]] = {}
     for subject, statistics in by_subject.items():

@@ -118,22 +118,6 @@ def staying(view: ProcessView, loaded: Loaded, pools: Sequence[Pool], patience_s
     return _Inspection(view, loaded).accused(pools, patience_s)
 
 
-def workers_asleep_s(view: ProcessView, loaded: Loaded) -> float:
-    """How long no worker has run, in seconds, 0 where not known: what is finished has been so for as long.
-
-    Whoever finished it has run then, and may have begun another request since.
-    """
-    regions = view.regions()
-    slept = []
-    for thread in view.threads():
-        if thread.syscall is None and not re.match(home.NOT_WORKER, thread.name):
-            return 0.0
-        if home.is_worker(view, regions, thread, loaded.worker_code):
-            asleep = view.asleep_s(thread.tid)
-            slept.append(asleep or 0.0)
-    return min(slept, default=0.0)
-
-
 class _Inspection:
     def __init__(self, view: ProcessView, loaded: Loaded) -> None:
         self._view = view
@@ -347,7 +331,7 @@ class _Inspection:
         if verdict.cause == LOST_WAKEUP and not _nobody_told(watched):
             return facts, Verdict(UNKNOWN, _not_told(watched, facts))
         if self._workers_asleep is None:
-            self._workers_asleep = self._idle_workers_asleep()
+            self._workers_asleep = self._looker.workers_asleep_s()
         asleep = self._workers_asleep
         return replace(facts, age_s=max(facts.age_s, asleep)), verdict if not asleep else judge(
             replace(facts, age_s=max(facts.age_s, asleep))
@@ -382,23 +366,6 @@ class _Inspection:
         # No worker is free: it is stuck if they are, all of them.
         workers = [t for t in watched.last.threads if t.syscall and t.syscall.name in home.WORK_SYSCALLS]
         return bool(workers) and all(_unmoved(watched.snapshots, thread.tid) for thread in workers)
-
-    def _idle_workers_asleep(self) -> float:
-        """The shortest sleep of the idle workers: whoever finished a request now found has slept since."""
-        regions = self._regions()
-        idle = [
-            thread
-            for thread in self._view.threads()
-            if thread.syscall is not None
-            and thread.syscall.name == "futex"
-            and home.is_worker(self._view, regions, thread, self._loaded.worker_code)
-        ]
-        asleep = [self._view.asleep_s(thread.tid) for thread in idle]
-        known = [seconds for seconds in asleep if seconds is not None]
-        return min(known) if known and len(known) == len(idle) else 0.0
-
-    def _regions(self) -> list[Region]:
-        return self._view.regions()
 
     # -- threads and the whole ----------------------------------------------------------------------
 

@@ -30,7 +30,9 @@ class KnownBug:
     kind: str
     title: str
     versions: str  # for people
-    ranges: tuple[tuple[Version, Version], ...]  # from (included) to (left out)
+    #: From (included) to (left out). Where a comment names a commit, it brought what the bug is in: no older
+    #: version has it.
+    ranges: tuple[tuple[Version, Version], ...]
     machines: frozenset[str] | None = None  # None: all
 
     def may_have(self, version: Version, machine: str) -> bool:
@@ -63,15 +65,35 @@ KNOWN_BUGS: tuple[KnownBug, ...] = (
         WEAK,
     ),
     KnownBug("21a03d17f2", "B", "misplaced event_notifier_test_and_clear", "up to 2.3", ((_OLDEST, (2, 4, 0)),)),
-    KnownBug("b37548fcd1", "B", "aio_notify_accept only when blocking", "before 3.1", ((_OLDEST, (3, 1, 0)),)),
-    KnownBug("5710a3e09f", "B", "async: explicit memory barriers", "up to 4.2", ((_OLDEST, (5, 0, 0)),), WEAK),
+    KnownBug(
+        "b37548fcd1", "B", "aio_notify_accept only when blocking", "2.4-3.0", (((2, 3, 91), (3, 1, 0)),)
+    ),  # 05e514b1d4
+    KnownBug(
+        "5710a3e09f", "B", "async: explicit memory barriers", "2.4-4.2", (((2, 3, 91), (5, 0, 0)),), WEAK
+    ),  # eabc977973
     KnownBug("5142397c79", "B", "bh->flags read atomically", "before 10.0", (((5, 0, 0), (10, 0, 0)),), WEAK),
     KnownBug(
-        "e62da98527", "C", "epoll upgrade against set_fd_handler (iothread)", "before 8.0", ((_OLDEST, (8, 0, 0)),)
+        "e62da98527",
+        "C",
+        "epoll upgrade against set_fd_handler",
+        "2.5-7.2",
+        (((2, 4, 90), (8, 0, 0)),),  # fbe3fc5cb3
     ),
-    KnownBug("49880165a4", "D", "a loop that does not come round", "before 3.1", ((_OLDEST, (3, 1, 0)),)),
-    KnownBug("960d5fb3e8", "D", "a loop that does not come round", "before 6.0", ((_OLDEST, (6, 0, 0)),)),
-    KnownBug("6bc0bcc89f", "D", "a loop that does not come round", "8.2-rc", (((8, 1, 90), (8, 2, 0)),)),
+    KnownBug(
+        "49880165a4",
+        "D",
+        "job: fix nested aio_poll() hanging in job_txn_apply",
+        "2.12-3.0",
+        (((2, 11, 90), (3, 1, 0)),),  # 11b61fbc0d
+    ),
+    KnownBug(
+        "960d5fb3e8",
+        "D",
+        "block: fix deadlock in bdrv_co_yield_to_drain()",
+        "5.2",
+        (((5, 1, 90), (6, 0, 0)),),  # eb94b81a94
+    ),
+    KnownBug("6bc0bcc89f", "D", "block: fix deadlocks in bdrv_graph_wrunlock()", "8.2-rc", (((8, 1, 90), (8, 2, 0)),)),
     KnownBug(
         "e3082ab3b3",
         "D",

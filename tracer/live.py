@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import re
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
@@ -113,8 +113,12 @@ class LiveView:
 
     def files(self) -> dict[int, str]:
         """Every open file descriptor now."""
+        return self.files_but(frozenset())
+
+    def files_but(self, others: Collection[int]) -> dict[int, str]:
+        """As files(), without these."""
         try:
-            numbers = sorted(int(name) for name in os.listdir(f"/proc/{self.pid}/fd"))
+            numbers = sorted({int(name) for name in os.listdir(f"/proc/{self.pid}/fd")}.difference(others))
         except OSError:
             return {}
         return {fd: file for fd in numbers if (file := self.target.file_of(fd)) is not None}

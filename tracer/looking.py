@@ -6,6 +6,7 @@ know what they mean (tracer/verdict) nor when to look (tracer/watch, tracer/insp
 
 from __future__ import annotations
 
+import re
 import time
 from collections import Counter
 from dataclasses import replace
@@ -88,12 +89,29 @@ class Looker:
         found = self._loaded.function_at(address) or self._view.function_at(address)
         return found[0] if found and found[1] == 0 else None
 
-    def look(self, address: int, age_s: float) -> Finding | None:
-        """All about the request at `address`; None when it is not on its pool's list: it is gone."""
-        # One that went from QUEUED to ACTIVE or DONE under our eyes is not gone.
-        return next(filter(None, (self._look(address, age_s) for _ in range(ATTEMPTS))), None)
+    def look(self, address: int, age_s: float, at_least: bool = True) -> Finding | None:
+        """All about the request at `address`; None when it is not on its pool's list: it is gone.
 
-    def _look(self, address: int, age_s: float) -> Finding | None:
+        `at_least`: it may have been in its state for longer than `age_s`, because it was so when it was first seen.
+        """
+        # One that went from QUEUED to ACTIVE or DONE under our eyes is not gone.
+        return next(filter(None, (self._look(address, age_s, at_least) for _ in range(ATTEMPTS))), None)
+
+    def workers_asleep_s(self) -> float:
+        """How long no worker has run, in seconds, 0 where not known: what is finished has been so for as long.
+
+        Whoever finished it has run then, and may have begun another request since.
+        """
+        regions = self._view.regions()
+        slept = []
+        for thread in self._view.threads():
+            if thread.syscall is None and not re.match(home.NOT_WORKER, thread.name):
+                return 0.0
+            if home.is_worker(self._view, regions, thread, self._loaded.worker_code):
+                slept.append(self._view.asleep_s(thread.tid) or 0.0)
+        return min(slept, default=0.0)
+
+    def _look(self, address: int, age_s: float, at_least: bool) -> Finding | None:
         """As look(), but None also when the request changed meanwhile."""
         try:
             request = self._reader.request(address)
@@ -104,7 +122,7 @@ class Looker:
         if pool is None or held is False:
             return None
         operation = self.operation(request)
-        facts = self.first_facts(request, operation, age_s)
+        facts = replace(self.first_facts(request, operation, age_s), at_least=at_least)
         if held is None:
             facts = replace(facts, missing=("the pool's list could not be read to the end",))
         if request.state == RequestState.THREAD_DONE:
@@ -200,8 +218,17 @@ class Looker:
             "bell_polled": bell.polled,
             "stack": self.home_stack(thread) if thread else HomeStack(),
             "home_asleep_s": self._asleep(thread),
+            **self._thread_counts(pool),
             "missing": () if thread else ("the thread that runs its context was not found",),
         }
+
+    def _thread_counts(self, pool: Pool) -> dict[str, int | None]:
+        """Members of Facts: the pool's thread counters, as read just now."""
+        try:
+            counts = self._reader.threads(pool)
+        except FaultError:
+            return {}
+        return {f"threads_{name}": getattr(counts, name) for name in ("current", "idle", "max", "new", "pending")}
 
     def _asleep(self, thread: Thread | None) -> float | None:
         return self._view.asleep_s(thread.tid) if thread and thread.syscall else None

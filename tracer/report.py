@@ -246,10 +246,14 @@ def _counts_body(event: Counts) -> dict[str, Any]:
         "lost_records": event.lost_records,
         "late": event.late,
         "latency_us": _stages_json(event.latency),
-        "by_kind": {kind: _stages_json(stages) for kind, stages in event.by_kind.items()},
-        "by_file": {file: _stages_json(stages) for file, stages in event.by_file.items()},
+        "by_kind": _groups_json(event.by_kind),
+        "by_file": _groups_json(event.by_file),
         "notes": list(event.notes),
     }
+
+
+def _groups_json(groups: Mapping[str, Mapping[str, Latency]] | None) -> dict[str, Any] | None:
+    return None if groups is None else {name: _stages_json(stages) for name, stages in groups.items()}
 
 
 def _alert_body(event: Alert) -> dict[str, Any]:
@@ -433,7 +437,7 @@ class TableWriter:
 
     def _latencies(self, event: Counts) -> str:
         rows = [_row(STAGE_TITLES[stage], latency) for stage, latency in event.latency.items()]
-        for group in (event.by_kind, event.by_file):
+        for group in (event.by_kind or {}, event.by_file or {}):
             # One of one says nothing that the total does not.
             for name, stages in group.items() if len(group) > 1 or event.final or self._verbose else ():
                 latency = stages.get("total") or stages.get("done_to_callback")
@@ -458,7 +462,7 @@ class TableWriter:
             f"  request {event.request:#x}, {event.state} for {event.age_s:.2f} s ({deadline})"
             + ("" if event.ret is None else f", ret {event.ret}"),
         ]
-        if event.seen_from == "memory":
+        if event.there_before:
             lines.append("  It was there when aio-trace came: it may have been late for long.")
         if event.cause == LOST_WAKEUP:
             lines.append(wrapped(ADVICE_LOST_WAKEUP))

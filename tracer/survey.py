@@ -82,7 +82,8 @@ def _survey(view: LiveView, loaded: Loaded, looker: Looker) -> Survey:
     first = {request.address: looker.look(request.address, 0.0) for _, request in late}
     began = time.monotonic()
     late = _that_stay(reader, [(p, r) for p, r in late if first[r.address] is not None])
-    age = time.monotonic() - began
+    # Whoever finished them has not run since, and they may have been so for longer still.
+    age = max(time.monotonic() - began, looker.workers_asleep_s() if late else 0.0)
     stuck = [_judged(pool, request, first[request.address], looker, age) for pool, request in late]
     waiting = sum(r.state in (RequestState.THREAD_QUEUED, RequestState.THREAD_ACTIVE) for _, r in held)
     stopped = looker.process_stopped()

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import field
 
 from tracer import figures, posix_aio, probes
 from tracer.budget import Decision
 from tracer.build import Build, load
+from tracer.descriptors import Descriptors
 from tracer.errors import HostError, TargetExited
 from tracer.events import (
     Alert,
@@ -65,6 +66,8 @@ MANY_ALERTS, MANY_ALERTS_S, TOGETHER_S = 8, 10.0, 1.0
 FOR_SLOWNESS = frozenset({LOOP_BUSY, UNKNOWN})
 #: How often to see whether the process still runs the same program; seconds.
 PROGRAM_S = 5.0
+#: How often to see whether the descriptors of known files are still the same files; seconds.
+NAMES_S = 0.25
 #: A scan a little after the deadline sees the request as overdue; seconds.
 MARGIN_S = 0.002
 
@@ -139,7 +142,12 @@ class Watch:
         self._last_scan = self._began
         self._period_start = self._began
         self._snapshot: dict[Subject, Statistics] = {}
-        self._files: dict[int, str] = {}
+        self._descriptors = Descriptors()
+        self._by_file: dict[tuple[str, str], Statistics] = {}
+        self._next_names = 0.0
+        self._late_at_stop: int | None = None  # how many had been late when the process was seen to be stopped
+        self._late_by_stop = 0
+        self._stopped = False
         self._late = self._late_before = 0
         self._period_alerts = 0
         self._stale = 0
@@ -181,7 +189,9 @@ class Watch:
         self._tids = set(self.target.tids())
         pools = self._reader.find(self._view.heap_chunks())
         in_flight = self._adopt(pools)
+        self._take_names()
         now = time.monotonic()
+        self._next_names = now + NAMES_S
         self._search_soon, self._search_latest = now + SEARCH_SOON_S, now + SEARCH_S
         self._began = self._period_start = self._last_scan = now
         self._plan(now, {})
@@ -201,9 +211,15 @@ class Watch:
         )
 
     def _notes(self, pools: list[Pool]) -> tuple[str, ...]:
-        if pools:
-            return ()
-        return ("no thread pool was found in memory yet; QEMU makes it with the first request that needs it",)
+        notes = []
+        if not pools:
+            notes.append("no thread pool was found in memory yet; QEMU makes it with the first request that needs it")
+        if self._settings.mode == ALERT_ONLY and self._settings.slow_s:
+            notes.append(
+                "requests that the storage holds, or that wait for a worker, are not seen with --probes alert, nor are "
+                "kinds and files"
+            )
+        return tuple(notes)
 
     def _pool_info(self, pool: Pool) -> PoolInfo:
         thread = self._looker.home(pool.context)
@@ -295,9 +311,14 @@ class Watch:
     def scan(self) -> None:
         """Look for late requests and for late ones that went on; plans the next scan."""
         now = time.monotonic()
-        if self._probes is not None and self._mode != NONE and self._alerted and now < self._next_full:
+        between = now < self._next_full
+        if now >= self._next_names:
+            self._take_names(disks=between)
+            self._next_names = now + NAMES_S
+        if self._probes is not None and self._mode != NONE and between:
             self._follow_alerted(now)
             return
+        self._see_stop()
         records = self._records()
         if now >= self._next_program_look:
             self._next_program_look = now + PROGRAM_S
@@ -321,11 +342,14 @@ class Watch:
         self._last_scan = now
 
     def _follow_alerted(self, now: float) -> None:
-        """Between two looks at everything: whether one of those that were told of went on."""
+        """Between two looks at everything: whether one of those that were told of went on, if any."""
         assert self._probes is not None
         found = ((address, self._probes.record(address)) for address in self._alerted)
         self._resolve({address: record for address, record in found if record is not None}, now)
-        self.next_scan = min(self._next_full, now + self._resolve_s(now)) + MARGIN_S
+        due = min(self._next_full, self._next_names)
+        if self._alerted:
+            due = min(due, now + self._resolve_s(now))
+        self.next_scan = max(due, now) + MARGIN_S
 
     def _resolve_s(self, now: float) -> float:
         return RESOLVE_MANY_S if now < self._next_look else RESOLVE_S
@@ -373,6 +397,8 @@ class Watch:
         self._next_full = due
         if self._alerted:
             due = min(due, now + self._resolve_s(now))
+        if self._probes is not None and self._settings.mode == FULL:
+            due = min(due, self._next_names)
         self.next_scan = max(due, now) + MARGIN_S
 
     def _resolve(self, records: dict[int, Record], now: float) -> None:
@@ -398,7 +424,7 @@ class Watch:
         if self._mode == NONE and self._proved.pop(record.request, None) != record:
             return
         since_ns = known.since_ns if known else record.done_ns or record.submit_ns
-        finding = self._looker.look(record.request, now - since_ns / 1e9)
+        finding = self._looker.look(record.request, now - since_ns / 1e9, record.before)
         if finding is None or not self._still(record):
             if known is None:
                 self._drop(record)
@@ -451,9 +477,7 @@ class Watch:
         """Since when the finished ones have been so: no worker has run since then."""
         finished = [record.request for record in proved if record.done_ns and record.request not in self._alerted]
         if finished:
-            from tracer.inspect import workers_asleep_s
-
-            asleep = workers_asleep_s(self._view, self._loaded)
+            asleep = self._looker.workers_asleep_s()
             for address in finished:
                 sampler.finished_by(address, time.monotonic_ns() - int(asleep * 1e9))
 
@@ -525,6 +549,7 @@ class Watch:
             as_evidence(finding.facts) | {"layout": self._build.located.layout.source},
             "memory" if record.before else "probes",
             (now_ns - record.submit_ns) / 1e9 if record.submit_ns and not record.before else None,
+            record.before and (self._mode != NONE or record.submit_ns <= int(self._began * 1e9)),
         )
 
     # -- figures ------------------------------------------------------------------------------------
@@ -539,6 +564,7 @@ class Watch:
             for subject, statistics in by_subject.items()
         }
         total = figures.combined(period.values())
+        late = self._late_now(figures.combined(by_subject.values()))
         start = self._began if final else self._period_start
         self._emit(
             Counts(
@@ -550,31 +576,63 @@ class Watch:
                 self.alerts if final else self._period_alerts,
                 total.map_full + total.missed + (self._stale if final else 0),
                 figures.latencies(total, self._settings.mode == FULL) if self._probes else {},
-                self._grouped(period, lambda subject: subject[0]),
+                self._figures(figures.grouped(period, lambda subject: subject[0])),
                 self._count_notes(total, final),
-                self._grouped(period, self._file_of),
-                total.late + self._late - (0 if final else self._late_before),
+                self._figures(self._files_of(by_subject, final)),
+                late if final else late - self._late_before,
             )
         )
         self._snapshot, self._period_start, self._period_alerts = by_subject, now, 0
-        self._late_before = self._late
+        self._late_before = late
         self._stepped_in_period = self._mode != self._settings.mode
 
-    def _grouped(
-        self, period: dict[Subject, Statistics], group_of: Callable[[Subject], str | None]
-    ) -> dict[str, dict[str, Latency]]:
-        groups = figures.grouped(period, group_of)
-        return {name: figures.latencies(statistics, self._settings.mode == FULL) for name, statistics in groups.items()}
-
-    def _file_of(self, subject: Subject) -> str | None:
-        """The file of a descriptor: what it is now, or was when it was last seen open."""
-        fd = subject[1]
-        if fd is None:
+    def _figures(self, groups: Mapping[str, Statistics]) -> dict[str, dict[str, Latency]] | None:
+        """None where only the submit probe could tell the groups apart."""
+        if self._settings.mode != FULL:
             return None
-        name = self._view.file_of(fd)
-        if name is not None:
-            self._files[fd] = name
-        return self._files.get(fd)
+        return {name: figures.latencies(statistics, True) for name, statistics in groups.items()}
+
+    def _files_of(self, by_subject: dict[Subject, Statistics], final: bool) -> dict[str, Statistics]:
+        """What was counted since the last time, or of the whole trace, by file."""
+        self._take_names(by_subject)
+        now = self._descriptors.by_file(by_subject)
+        then = {} if final else self._by_file
+        self._by_file = now
+        period = {own: figures.difference(counted, then.get(own, Statistics())) for own, counted in now.items()}
+        return figures.grouped(period, lambda own: own[0])
+
+    def _take_names(self, by_subject: Mapping[Subject, Statistics] | None = None, disks: bool = False) -> None:
+        """What the descriptors are now; `disks`: those that may be a disk's by what they were.
+
+        Where one is another file than it was, what it has counted stays the old one's.
+        """
+        if self._probes is None or self._settings.mode != FULL:
+            return
+        names = self._view.files_but(self._descriptors.others() if disks else ())
+        counted: Mapping[Subject, Statistics] = {}
+        if self._descriptors.changed(names):
+            counted = self._probes.statistics() if by_subject is None else by_subject
+        self._descriptors.turn(names, counted)
+
+    def _late_now(self, total: Statistics) -> int:
+        """How many callbacks came late since the beginning, without those that were late because QEMU was stopped."""
+        late = total.late + self._late
+        if self._late_at_stop is not None:
+            self._late_by_stop += late - self._late_at_stop
+            self._late_at_stop = late
+        return late - self._late_by_stop
+
+    def _see_stop(self) -> None:
+        """Whether the process is stopped; what comes late until it has come round again is not QEMU's fault."""
+        was, self._stopped = self._stopped, self._looker.process_stopped()
+        if self._late_at_stop is None and not self._stopped:
+            return
+        total = figures.combined(self._probes.statistics().values() if self._probes else ())
+        if self._late_at_stop is None:
+            self._late_at_stop = total.late + self._late
+        self._late_now(total)
+        if not (was or self._stopped):
+            self._late_at_stop = None
 
     def _requests(self, total: Statistics, final: bool) -> Requests:
         sampled = len(self._sampler.records()) if self._sampler else None
@@ -586,7 +644,10 @@ class Watch:
     def _count_notes(self, total: Statistics, final: bool) -> tuple[str, ...]:
         notes = []
         if self._stepped if final else self._stepped_in_period:
-            notes.append("the budget took probes away for a time: the requests of that time are not all counted")
+            notes.append(
+                "the budget took probes away for a time: the requests of that time are not all counted, and those that "
+                "the storage held were not seen"
+            )
         if total.map_full:
             notes.append(
                 f"{total.map_full} requests could not be followed because more than "

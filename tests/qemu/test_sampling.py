@@ -87,7 +87,10 @@ def test_inspect_accuses_nothing_in_a_busy_pool(tmp_path: Path, depth: int) -> N
         for _ in range(8):
             with closing(LiveView(target)) as view:
                 diagnosis = diagnose(view, build)
-            assert [request.cause for pool in diagnosis.pools for request in pool.requests if request.overdue] == []
+            late = [request for pool in diagnosis.pools for request in pool.requests if request.overdue]
+            # On an overloaded host the loop may really be late: the scheduler is the witness.
+            assert not [request.cause for request in late if not (request.evidence or {})["home_starved"]]
+            assert {request.cause for request in late} <= {"loop-busy"}
 
 
 @pytest.mark.parametrize("deadline_s", [0.3, 1.0])

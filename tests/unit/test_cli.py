@@ -93,6 +93,17 @@ def test_none_where_zero_means_none(text: str) -> None:
 @pytest.mark.parametrize(
     "arguments",
     [
+        ("inspect", "--pid", "1", "--pid", "2"),
+        ("inspect", "--core", "a", "--core", "b"),
+        ("inspect", "--pid", "1", "--save", "a", "--save", "b"),
+        ("check", "--pid", "1", "--pid=1"),
+        ("check", "--exe", "a", "--exe", "b"),
+        ("nudge", "--pid", "1", "--pid", "2", "--qmp", "s"),
+        ("nudge", "--pid", "1", "--qmp", "s", "--qmp", "t"),
+        ("nudge", "--pid", "1", "--qmp", ""),
+        ("nudge", "--pid", "1", "--qmp", "", "--force", "--yes"),
+        ("--pid", "1", "--nudge", "s", "--nudge", "t"),
+        ("--pid", "1", "--nudge", ""),
         ("--pid", "1", "--deadline", "0"),
         ("--pid", "1", "--deadline", "-1s"),
         ("--pid", "1", "--deadline=-1s"),

@@ -40,7 +40,7 @@ STAGES: tuple[tuple[str, ...], ...] = (
     ("tracer.events",),
     ("tracer.host", "tracer.outside_pool"),
     ("tracer.check", "tracer.figures", "tracer.looking", "tracer.sampling", "tracer.report"),
-    ("tracer.qmp", "tracer.xstate", "tracer.audit", "tracer.survey", "tracer.qcow2"),
+    ("tracer.descriptors", "tracer.qmp", "tracer.xstate", "tracer.audit", "tracer.survey", "tracer.qcow2"),
     ("tracer.inject",),
     ("tracer.inspect", "tracer.report_inspect", "tracer.nudge"),
     ("tracer.save", "tracer.nudger", "tracer.freeing", "tracer.spending"),
