@@ -319,7 +319,9 @@ def _idle_workers(on: Scene) -> list[int]:
     def waiting() -> list[int]:
         threads = open_target(on.qemu.pid).threads()
         found = [t.tid for t in threads if t.syscall and t.syscall.number in WAITS and t.syscall.args[0] in pool]
-        return found if len(found) == on.counter("idle_threads") else []
+        # One that has answered and not come to rest would take what nobody is to take.
+        resting = on.counter("cur_threads") - on.counts()[ACTIVE]
+        return found if len(found) == on.counter("idle_threads") == resting else []
 
     return list(on.qemu.wait_until(waiting, what="the workers to be idle"))
 
@@ -334,13 +336,27 @@ def missed_spawn(on: Scene, kind: str = "write") -> Iterator[int]:
     with _alone(on):
         on.qemu.request("d0", "write")  # workers leave after ten idle seconds
         with on.slow.held():
-            with contextlib.ExitStack() as held:
-                idle = [held.enter_context(held_thread(on.qemu.pid, tid)) for tid in _idle_workers(on)]
-                for index in range(len(idle) + 1):
-                    on.submit(index, kind)
-                    on.wait_states(queued=index + 1)
-            on.wait_states(active=len(idle), queued=1)
+            busy, idle = _one_idle_worker(on)
+            with held_thread(on.qemu.pid, idle):
+                for more in (1, 2):
+                    on.submit(busy + more - 1, kind)
+                    on.wait_states(active=busy, queued=more)
+            on.wait_states(active=busy + 1, queued=1)
             yield on.requests(QUEUED)[0]
+
+
+def _one_idle_worker(on: Scene) -> tuple[int, int]:
+    """Give all but one idle worker something to wait for: how many that are, and the one.
+
+    The C library's condition variable lets nobody call a second sleeper before the first, held, has left it: with
+    two of them the home thread would wait.
+    """
+    busy = 0
+    while len(idle := _idle_workers(on)) > 1:
+        on.submit(busy)
+        busy += 1
+        on.wait_states(active=busy)
+    return busy, idle[0]
 
 
 @contextlib.contextmanager
