@@ -16,7 +16,7 @@ import pytest
 
 from tests.conftest import require
 from tests.matrix.roots import Release
-from tests.qemu.causing import DEADLINES, DONE_FAULTS, QUEUE_FAULTS, Fault, Said, repeat
+from tests.qemu.causing import DEADLINES, DONE_FAULTS, QUEUE_FAULTS, Fault, Said, queued_causes, repeat
 from tests.qemu.cores import HANGS, core_agrees
 from tests.qemu.nudging import by_force, by_monitor, free_a_guest
 from tests.qemu.secrets import MIB, VIDEO_MIB, filled, nothing_is_saved
@@ -72,10 +72,10 @@ def test_every_cause(on: Scene, release: Release, loop: str, fault: Fault, cause
         return
     with traced(on.qemu.pid, *DEADLINES) as trace:
         said = Said(trace)
-        repeat(on, said, fault, times=REPEAT)
+        repeat(on, said, fault, times=REPEAT, cause=cause if fault in dict(QUEUE_FAULTS) else None)
         said.wait("resolved", {int(alert["request"], 16) for alert in said.named("alert")})
         assert trace.finish() == 3
-    queued = said.causes("THREAD_QUEUED")
+    queued = queued_causes(said, cause)
     assert queued | said.causes("THREAD_DONE") | (set() if queued else said.causes("THREAD_ACTIVE")) == {cause}
     assert trace.summary["requests"]["in_flight"] == 0
 

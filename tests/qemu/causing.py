@@ -53,12 +53,13 @@ class Said:
         """All events of that name so far."""
         return [event for event in self._trace.events[self._from :] if event["event"] == name]
 
-    def wait(self, name: str, requests: Collection[int]) -> list[Json]:
-        """The events of that name about these requests, once each has had one."""
+    def wait(self, name: str, requests: Collection[int], cause: str | None = None) -> list[Json]:
+        """The events of that name (and cause) about these requests, once each has had one."""
         wanted = {hex(request) for request in requests}
 
         def come() -> list[Json]:
             found = [event for event in self.named(name) if event["request"] in wanted]
+            found = [event for event in found if cause in (None, event.get("cause"))]
             return found if {event["request"] for event in found} == wanted else []
 
         return wait_until(come, PATIENCE_S, f"{name} for {len(wanted)} requests") if wanted else []
@@ -68,13 +69,33 @@ class Said:
         return {alert["cause"] for alert in self.named("alert") if state in (None, alert["state"])}
 
 
-def repeat(on: Scene, said: Said, fault: Fault, kinds: Collection[str] = ("write",), times: int = REPEAT) -> list[Json]:
-    """Put the fault in and take it out again, so many times or once a kind; the alerts on what it yields."""
+def queued_causes(said: Said, cause: str) -> set[str]:
+    """The causes told of requests that nobody took, where `cause` is to be told.
+
+    On a slow machine one is late while the lab still holds the idle worker that is to take it; that is told, too.
+    """
+    queued = [alert for alert in said.named("alert") if alert["state"] == "THREAD_QUEUED"]
+    late = [a for a in queued if a["cause"] == cause or "workers are idle" not in a["explanation"]]
+    return {alert["cause"] for alert in late}
+
+
+def repeat(
+    on: Scene,
+    said: Said,
+    fault: Fault,
+    kinds: Collection[str] = ("write",),
+    times: int = REPEAT,
+    cause: str | None = None,
+) -> list[Json]:
+    """Put the fault in and take it out again, so many times or once a kind.
+
+    The alerts on what it yields; of them the first with `cause`, if one is named.
+    """
     alerts = []
     for turn in range(max(times, len(kinds))):
         here = said.fresh()
         with fault(on, list(kinds)[turn % len(kinds)]) as request:
-            alerts += here.wait("alert", [request])
+            alerts += here.wait("alert", [request], cause)
             if turn == 0:
                 time.sleep(SECOND_LOOK_S)
         here.wait("resolved", [request])

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.qemu.causing import DEADLINES, DONE_FAULTS, KINDS, QUEUE_FAULTS, REPEAT, Fault, Said, repeat
+from tests.qemu.causing import DEADLINES, DONE_FAULTS, KINDS, QUEUE_FAULTS, REPEAT, Fault, Said, queued_causes, repeat
 from tests.qemu.tracing import Trace, traced
 from tracer.errors import LabError
 from tracer.lab import causes, faults
@@ -88,9 +88,9 @@ def test_the_storage_holds_a_request(on: Scene, said: Said) -> None:
 @pytest.mark.parametrize(("fault", "cause"), QUEUE_FAULTS, ids=lambda each: getattr(each, "__name__", None))
 def test_nobody_takes_a_request(on: Scene, said: Said, fault: Fault, cause: str) -> None:
     """G2 and G3: workers are idle, or one could not be made; or the storage holds all there are."""
-    alerts = repeat(on, said, fault)
+    alerts = repeat(on, said, fault, cause=cause)
     assert {alert["state"] for alert in alerts} == {"THREAD_QUEUED"}
-    assert said.causes("THREAD_QUEUED") == {cause}
+    assert queued_causes(said, cause) == {cause}
     assert said.causes("THREAD_ACTIVE") <= {"worker-stuck"}
 
 

@@ -10,13 +10,14 @@ import textwrap
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from types import FrameType
 
 import pytest
 
 from tracer.errors import LabError
-from tracer.lab import faults
+from tracer.lab import causes, faults
 from tracer.lab.guest import OPERATIONS, Guest, Workload, guest
 from tracer.lab.kicks import lose_kick
 from tracer.lab.nbd import KINDS
@@ -234,6 +235,27 @@ def test_its_own_process_is_not_refused(paused_qemu: Qemu) -> None:
     assert is_own(paused_qemu.pid)
     with faults.stopped(paused_qemu):
         assert states_of(paused_qemu.pid) == {"T"}
+
+
+@pytest.mark.parametrize("address", [0, 1 << 63, (1 << 64) - 8])
+def test_no_address_is_no_surprise(paused_qemu: Qemu, address: int) -> None:
+    """What was taken for a pointer may be anything."""
+    with pytest.raises(LabError, match="cannot read 8 bytes"):
+        peek(paused_qemu.pid, address, 8)
+
+
+@pytest.mark.parametrize("fault", [causes.sleeping_workers, causes.missed_spawn])
+def test_nobody_takes_a_request_whatever_workers_there_are(fault: Callable[..., AbstractContextManager[int]]) -> None:
+    """One worker is idle, or several are: as many as earlier requests have left."""
+    with causes.scene(iothread=True) as on:
+        for workers in (1, 2, 3):
+            with on.slow.held():
+                for index in range(workers):
+                    on.submit(index)
+                    on.wait_states(active=index + 1)
+            on.wait_empty()
+            with fault(on, "write") as request:
+                assert on.requests(RequestState.THREAD_QUEUED) == (request,)
 
 
 # What it leaves behind

@@ -162,7 +162,7 @@ def _peek(pid: int, address: int, size: int) -> bytes:
     descriptor = os.open(f"/proc/{pid}/mem", os.O_RDONLY)
     try:
         data = os.pread(descriptor, size, address)
-    except OSError as error:
+    except (OSError, OverflowError) as error:
         raise LabError(f"cannot read {size} bytes at {address:#x} of process {pid}: {error}") from error
     finally:
         os.close(descriptor)
