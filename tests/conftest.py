@@ -12,8 +12,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from tracer.lab.guest import cache_folder
+
+# How long an example takes says nothing where others keep the processors busy.
+settings.register_profile("aio-trace", deadline=None)
+settings.load_profile("aio-trace")
 
 TESTS = Path(__file__).parent
 RINGS = ("unit", "kernel", "qemu", "matrix", "kernels")
