@@ -76,8 +76,16 @@ def build_of(image: Image, name: str, only: str | None = None, place: Place | No
 
 
 def debug_place(target: Target) -> Place:
-    """Where the debug files of a process's executable may be: under its own root, or the host's."""
+    """Where the debug files of a process's executable may be: under its own root, or the host's.
+
+    What is under its root it may have put there itself. What is found so is good for this process alone.
+    """
     return Place(target.exe.removesuffix(" (deleted)"), (f"/proc/{target.pid}/root", "/"))
+
+
+def host_place(target: Target) -> Place:
+    """The same, as far as the process has no say in it: good for all that run this executable."""
+    return Place(target.exe.removesuffix(" (deleted)"), beside=False)
 
 
 def _not_located(name: str, version: str | None, error: SitesNotFound) -> TargetError | SitesNotFound:

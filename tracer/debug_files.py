@@ -26,11 +26,13 @@ _CHUNK = 1 << 20
 class Place:
     """Where an executable lies: its path as its own root shows it, and the roots under which to look.
 
-    A process in a chroot or container has its debug files under /proc/PID/root.
+    A process in a chroot or container has its debug files under /proc/PID/root. `beside`: also where the
+    executable itself lies, as its path tells; who made that up may have put a file there.
     """
 
     path: str
     roots: tuple[str, ...] = ("/",)
+    beside: bool = True
 
 
 class DebugFiles:
@@ -107,14 +109,15 @@ class DebugFiles:
         crc = struct.unpack("<I", raw[-4:])[0]
         folder = os.path.dirname(self._place.path).lstrip("/")
         text = os.fsdecode(name)
-        folders = (folder, os.path.join(folder, ".debug"), os.path.join(_FOLDER, folder))
+        beside = (folder, os.path.join(folder, ".debug")) if self._place.beside else ()
+        folders = (*beside, os.path.join(_FOLDER, folder))
         return [(os.path.join(root, each, text), crc) for root in self._place.roots for each in folders]
 
     def _checked(self, path: str, crc: int | None) -> Image:
         found = Image.open(path, debug=True)
         try:
             self._check_build(found)
-            if crc is not None and found.build_id is None and _crc_of(path) != crc:
+            if crc is not None and found.build_id is None and _crc_of(found) != crc:
                 raise ImageError("its checksum is not the one in .gnu_debuglink")
             if crc is None and found.build_id is None:
                 raise ImageError("it has no build id")
@@ -139,13 +142,13 @@ def _is_file(path: str) -> bool:
         return False
 
 
-def _crc_of(path: str) -> int:
+def _crc_of(image: Image) -> int:
+    """Of the file that was opened, whatever its path leads to by now."""
     import zlib
 
     crc = 0
-    with open(path, "rb") as file:
-        while chunk := file.read(_CHUNK):
-            crc = zlib.crc32(chunk, crc)
+    for chunk in image.chunks(_CHUNK):
+        crc = zlib.crc32(chunk, crc)
     return crc
 
 

@@ -3,8 +3,8 @@
 Knows: segments, the dynamic section, symbols, notes, the unwind table's function bounds, PLT stubs
 and the version string QEMU prints. Addresses are those of the file, before relocation. Does not know
 /proc (a path is a path), instructions, or what QEMU's functions do. Everything is read with struct
-over one mmap, and only where it is asked for: a QEMU of 30 MB costs a few milliseconds. A damaged
-file raises ImageError, whatever is wrong with it.
+through one descriptor, and only where it is asked for: a QEMU of 30 MB costs a few milliseconds. A damaged
+file raises ImageError, whatever is wrong with it, and so does one that is cut short meanwhile.
 """
 
 from __future__ import annotations
@@ -127,10 +127,28 @@ class _SymbolTable:
     strings_size: int
 
 
+class _OpenFile:
+    """A file's bytes. They are not mapped: to touch what was cut off meanwhile would end this process."""
+
+    def __init__(self, fd: int) -> None:
+        """The descriptor is ours from now on."""
+        self.fd = fd
+        self._size = os.fstat(fd).st_size
+
+    def __len__(self) -> int:
+        return self._size
+
+    def __getitem__(self, part: slice) -> bytes:
+        return os.pread(self.fd, part.stop - part.start, part.start)
+
+    def close(self) -> None:
+        os.close(self.fd)
+
+
 class Image:
     """A read-only ELF file; use Image.open(). Close it, or use it as a context manager."""
 
-    def __init__(self, path: str, data: mmap.mmap | bytes, debug: bool = False) -> None:
+    def __init__(self, path: str, data: mmap.mmap | bytes | _OpenFile, debug: bool = False) -> None:
         """`debug`: a file that holds symbols and debug information only; its segments may lack their bytes."""
         self._path = path
         self._data = data
@@ -161,17 +179,26 @@ class Image:
         """Map the file (a path such as /proc/PID/exe will do); ImageError if that cannot be."""
         name = os.fspath(path)
         try:
-            # To open a named pipe would wait for ever.
+            # To open a named pipe would wait for ever, and to open a device may do something.
             if not stat.S_ISREG(os.stat(name).st_mode):
                 raise ImageError(f"{name} is not a file", f"ls -ld {pasted(name)}")
-            with open(name, "rb") as file:
-                data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            fd = os.open(name, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         except FileNotFoundError as error:
             raise ImageError(f"cannot read {name}: {error.strerror}", folder_hint(name)) from error
         except (OSError, ValueError) as error:
-            reason = error.strerror if isinstance(error, OSError) else "the file is empty"
+            reason = error.strerror if isinstance(error, OSError) else str(error)
             raise ImageError(f"cannot read {name}: {reason}", f"ls -l {pasted(name)}") from error
+        return cls.of_descriptor(fd, name, debug)
+
+    @classmethod
+    def of_descriptor(cls, fd: int, name: str, debug: bool = False) -> Image:
+        """The file behind `fd`, which is the image's from now on, also where this fails; `name` is for errors."""
+        data = _OpenFile(fd)
         try:
+            if not stat.S_ISREG(os.fstat(fd).st_mode):
+                raise ImageError(f"{name} is not a file", f"ls -ld {pasted(name)}")
+            if not len(data):
+                raise ImageError(f"cannot read {name}: the file is empty", f"ls -l {pasted(name)}")
             return cls(name, data, debug)
         except ImageError as error:
             data.close()
@@ -187,7 +214,7 @@ class Image:
         return cls(name, data, debug)
 
     def close(self) -> None:
-        if isinstance(self._data, mmap.mmap):
+        if not isinstance(self._data, bytes):
             self._data.close()
 
     def __enter__(self) -> Image:
@@ -253,6 +280,11 @@ class Image:
     def whole(self) -> bytes:
         """All of the file; ImageError where that is too much."""
         return self._bytes(0, len(self._data), _MAX_WHOLE)
+
+    def chunks(self, size: int) -> Iterator[bytes]:
+        """All of the file, `size` bytes at a time."""
+        for at in range(0, len(self._data), size):
+            yield self._bytes(at, min(size, len(self._data) - at))
 
     def section_bytes(self, section: Section) -> bytes:
         return b"" if section.kind == _SHT_NOBITS else self._bytes(section.offset, section.size)
@@ -440,8 +472,17 @@ class Image:
         if size > most:
             raise ImageError(f"{self._path} is damaged: it claims to hold {size >> 20} MiB where no QEMU has that much")
         if offset < 0 or size < 0 or offset + size > len(self._data):
-            raise ImageError(f"{self._path} is damaged: it ends before {offset + size:#x}")
-        return self._data[offset : offset + size]
+            raise self._too_short(offset + size)
+        try:
+            found = self._data[offset : offset + size]
+        except OSError as error:
+            raise ImageError(f"cannot read {self._path}: {error.strerror}") from error
+        if len(found) != size:
+            raise self._too_short(offset + size)
+        return found
+
+    def _too_short(self, end: int) -> ImageError:
+        return ImageError(f"{self._path} is damaged: it ends before {end:#x}")
 
     def _unpack(self, form: str, offset: int) -> tuple[int, ...]:
         return struct.unpack(form, self._bytes(offset, struct.calcsize(form)))

@@ -163,7 +163,7 @@ def programs_need(
     if not all(need.ok for need in needs if need.need == "bpf"):
         return HostNeed("programs", None, "not proved: that needs bpf")
     try:
-        loaded = Programs(sites, element, Parameters(order=order_of(version)))
+        loaded = Programs(None, sites, element, Parameters(order=order_of(version)))
     except HostError as error:
         return HostNeed("programs", False, error.message, words=_lines(*getattr(error, "__notes__", ())))
     said = loaded.log

@@ -20,13 +20,13 @@ from tracer.build import Build, build_of
 from tracer.debug_files import DebugFiles, Place
 from tracer.elf import Bounds, Image
 from tracer.errors import AioTraceError
+from tracer.executable import Executable, Identity, identity_of
 from tracer.layout import BottomHalfLayout, ElementLayout, Layout, PoolLayout
 from tracer.sites.model import SITE_NAMES, Attempt, Located, Site
+from tracer.sites.placing import placed
 
 KIND = "builds"
 
-#: Bytes at a site that are compared: an instruction is no longer, on either architecture.
-INSTRUCTION = 16
 _MOST_CODE = 1 << 20
 _LARGEST_STRUCTURE = 1 << 16
 _ALWAYS_THERE = ("thread_pool_completion_bh", "worker_thread")
@@ -39,10 +39,13 @@ class _NotTrue(Exception):
     """What was kept is not so in this file, or cannot be so in any."""
 
 
-def read_build(path: str, name: str, place: Place) -> Build:
-    """As tracer.build.read_build; what was kept of an earlier time is taken where it proves itself."""
-    with Image.open(path) as image:
-        key = _key(image, path, place)
+def read_build(file: Executable, name: str, place: Place) -> Build:
+    """As tracer.build.build_of; what was kept of an earlier time is taken where it proves itself.
+
+    Nothing that the process made up may be in `place`: what is found is kept for all that run this file.
+    """
+    with file.image() as image:
+        key = _key(image, file, place)
         build = _recalled(image, key) if key else None
         if build is None:
             build = build_of(image, name, None, place)
@@ -50,12 +53,12 @@ def read_build(path: str, name: str, place: Place) -> Build:
         return build
 
 
-def _key(image: Image, path: str, place: Place) -> bytes | None:
+def _key(image: Image, file: Executable, place: Place) -> bytes | None:
     """All that what is found depends on: the file, its debug files, and the programs that search."""
     try:
         debug = DebugFiles(image, place).candidates()
         key = {
-            "file": identity(path),
+            "file": file.identity,
             "headers": image.headers.hex(),
             "build id": image.build_id,
             "debug files": [(candidate, identity(candidate)) for candidate in debug],
@@ -66,13 +69,12 @@ def _key(image: Image, path: str, place: Place) -> bytes | None:
     return json.dumps(key).encode()
 
 
-def identity(path: str) -> tuple[int, ...]:
+def identity(path: str) -> Identity:
     """What changes with a file's content, or when another takes its name; nothing where there is none."""
     try:
-        found = os.stat(path)
+        return identity_of(os.stat(path))
     except (OSError, ValueError):
         return ()
-    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
 
 def _programs() -> list[str]:
@@ -102,7 +104,6 @@ def _keep(image: Image, key: bytes | None, build: Build) -> None:
             "main context": located.main_context,
             "barrier fixed": located.barrier_fixed,
             "notes": located.notes,
-            "instructions": {site.address: image.read(site.address, INSTRUCTION).hex() for site in sites},
             "code": [(code.start, code.end, _code_digest(image, code)) for code in _code_of(image, build, sites)],
         }
     except (AioTraceError, _NotTrue):
@@ -139,7 +140,7 @@ def _believed(image: Image, content: bytes) -> Build | None:
     try:
         kept = json.loads(content)
         build = _build(image, kept)
-        _prove(image, build, kept["instructions"], [Bounds(start, end) for start, end, _ in kept["code"]])
+        _prove(image, build, [Bounds(start, end) for start, end, _ in kept["code"]])
         for start, end, told in kept["code"]:
             _must(_code_digest(image, Bounds(start, end)) == told, f"the code at {start:#x} is another")
     except (_NotTrue, AioTraceError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as reason:
@@ -169,16 +170,20 @@ def _build(image: Image, kept: Mapping[str, Any]) -> Build:
     return Build(located, kept["version"], image.entry, image.machine, bounds)
 
 
-def _prove(image: Image, build: Build, instructions: Mapping[str, str], code: list[Bounds]) -> None:
-    """That each address leads to code that was looked at, and that nothing is what it can be in no build."""
+def _prove(image: Image, build: Build, code: list[Bounds]) -> None:
+    """That each address leads to code that was looked at, and that nothing is what it can be in no build.
+
+    The functions begin and end where this file says so: what was an instruction in them is one.
+    """
     located = build.located
+    for each in code:
+        _must(image.bounds(each.start) == each, f"there is no function from {each.start:#x} to {each.end:#x}")
     _must(set(located.sites) == set(SITE_NAMES), "a site is missing")
     for name, site in [*located.sites.items(), *((site.name, site) for site in located.more_sites)]:
         _must(site.name == name and name in SITE_NAMES, f"a site is called {site.name}")
         _must(re.fullmatch(_REGISTER, site.register) is not None, f"there is no register {site.register}")
         _must(any(site.address in each for each in code), f"no code was kept for the site at {site.address:#x}")
-        there = image.read(site.address, INSTRUCTION).hex()
-        _must(there == instructions[str(site.address)], f"the instruction at {site.address:#x} is another")
+        _must(site == placed(image, site), f"the instruction at {site.address:#x} is another")
     for name in _ALWAYS_THERE:
         _must(located.functions[name] == build.bounds[name].start, f"{name} is not where it begins")
     for name, bounds in build.bounds.items():

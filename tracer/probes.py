@@ -23,8 +23,8 @@ from typing import TYPE_CHECKING
 import bpf
 from tracer import cache, kernel
 from tracer.compiler import BccNotFound, Compiled, CompilerFailed, CompilerKilled, bcc_version, compile_apart
-from tracer.elf import Image
-from tracer.errors import BccMissing, HostError, ImageError, NotPermitted, NoUprobes, ProbeError, add_note
+from tracer.errors import BccMissing, HostError, NotPermitted, NoUprobes, ProbeError, add_note
+from tracer.executable import Executable
 from tracer.kernel import EXIST, NOEXIST, UPROBE_PMU, Map
 from tracer.layout import ElementLayout
 from tracer.maps import (
@@ -254,8 +254,18 @@ def _may_allocate() -> bool:
 class Programs:
     """The programs for one build, loaded, with their maps: for one process or, shared, for many."""
 
-    def __init__(self, sites: Sequence[Site], element: ElementLayout, what: Parameters = DEFAULT_PARAMETERS) -> None:
-        """Compile if need be, and load. Raises HostError."""
+    def __init__(
+        self,
+        file: Executable | None,
+        sites: Sequence[Site],
+        element: ElementLayout,
+        what: Parameters = DEFAULT_PARAMETERS,
+    ) -> None:
+        """Compile if need be, and load. `file` is what is attached to, and stays its owner's. Raises HostError.
+
+        Without a file they are loaded only.
+        """
+        self._file = file
         self._sites = tuple(sites)
         self._what = what
         self.log = ""
@@ -381,7 +391,10 @@ class Programs:
                 if name not in links:
                     added[name] = []
                     self._attach_site(name, pid, added[name])
-        except (OSError, ImageError) as error:
+        except ProbeError:
+            close_links(added)
+            raise
+        except OSError as error:
             close_links(added)
             raise _translated("attach the probes", _reason(error), "") from error
         if not self._what.shared:
@@ -390,20 +403,19 @@ class Programs:
         return {}
 
     def _attach_site(self, name: str, pid: int, links: list[int]) -> None:
-        path = f"/proc/{pid}/exe"
-        owner = 0 if self._what.shared else pid
-        with Image.open(path) as image:
-            for program, (site_name, register) in programs(self._sites).items():
-                if site_name != name:
-                    continue
-                copies = [site for site in self._sites if (site.name, site.register) == (name, register)]
-                places = [image.offset_of(site.address) for site in copies]
-                fd = self._programs[program]
-                if self._multi:
-                    links.append(patient(partial(kernel.attach_multi, fd, path, places, owner)))
-                    continue
-                for place in places:
-                    links.append(patient(partial(kernel.attach_perf, fd, path, place, owner)))
+        assert self._file is not None
+        owner, path = 0 if self._what.shared else pid, self._file.path
+        for program, (site_name, register) in programs(self._sites).items():
+            if site_name != name:
+                continue
+            copies = [site for site in self._sites if (site.name, site.register) == (name, register)]
+            places = [_place_in(self._file, site) for site in copies]
+            fd = self._programs[program]
+            if self._multi:
+                links.append(patient(partial(kernel.attach_multi, fd, path, places, owner)))
+                continue
+            for place in places:
+                links.append(patient(partial(kernel.attach_perf, fd, path, place, owner)))
 
     def leave(self, pid: int) -> None:
         """Count no more for this process, and forget what was counted; the last one takes shared probes with it."""
@@ -613,17 +625,18 @@ class Probes:
     def __init__(
         self,
         pid: int,
+        file: Executable,
         sites: Sequence[Site],
         element: ElementLayout,
         what: Parameters = DEFAULT_PARAMETERS,
         loaded: Programs | None = None,
     ) -> None:
-        """Load, unless there are `loaded` programs for these sites; attach() follows. Raises HostError."""
+        """Load, unless there are `loaded` programs for these sites of `file`; attach() follows. Raises HostError."""
         self._pid = pid
         self._names = tuple(dict.fromkeys(site.name for site in sites))
         self._counts_submits = SUBMIT in self._names
         self._own = loaded is None
-        self._programs = loaded or Programs(sites, element, what)
+        self._programs = loaded or Programs(file, sites, element, what)
         self._links: dict[str, list[int]] = {}
         self._entered = False
         self._dropped_submitted = self._dropped_done = 0
@@ -742,6 +755,17 @@ class Probes:
             self._programs.close()
 
 
+def _place_in(file: Executable, site: Site) -> int:
+    """Where in the file the site is; ProbeError unless the file still holds what it was found by."""
+    code = bytes.fromhex(site.code)
+    if site.offset is None or not code or file.read(site.offset, len(code)) != code:
+        raise ProbeError(
+            f"{file.name} was written to after it was read: there is other code at the place of the probe "
+            f"{site.name!r}, which was not attached"
+        )
+    return site.offset
+
+
 def patient(attach: Callable[[], int]) -> int:
     """Attach; another tool that is just leaving the same place may be in the way for a moment."""
     for wait_s in IN_THE_WAY_S:
@@ -754,9 +778,7 @@ def patient(attach: Callable[[], int]) -> int:
     return attach()
 
 
-def _reason(error: OSError | ImageError) -> str:
-    if not isinstance(error, OSError):
-        return str(error)
+def _reason(error: OSError) -> str:
     reason = error.strerror or str(error)
     if error.errno == errno.EINVAL:
         # The kernel wants all probes at a place to name the same semaphore; bcc's Python names one at random.

@@ -15,9 +15,10 @@ from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from tracer import kept, probes, records
-from tracer.build import Build, debug_place, read_build
+from tracer.build import Build, build_of, debug_place, host_place
 from tracer.errors import AioTraceError, HostError, NoSuchProcess, NotQemu, SitesNotFound, TargetExited
 from tracer.events import Alert, Event, Failure
+from tracer.executable import Executable, Identity, identity_of
 from tracer.records import dataclass
 from tracer.spending import HitPrice
 from tracer.target import Target, ended, list_pids, looks_like_qemu, open_target, qemu_hint
@@ -55,6 +56,15 @@ class Stop:
 
 
 @dataclass(frozen=True)
+class Known:
+    """An executable: its file, open while a watched process runs it, and what was found in it."""
+
+    file: Executable
+    build: Build
+    shareable: bool  # whether nothing of it is from files that one process alone may have made up
+
+
+@dataclass(frozen=True)
 class Options:
     """What the main job was asked to do; durations in seconds, 0 for none."""
 
@@ -86,11 +96,12 @@ class Session:
         self._progress = progress
         self._out_fd = out_fd
         self._watches: dict[int, Watch] = {}
-        self._builds: dict[tuple[int, ...], Build] = {}
+        self._known: dict[Identity, Known] = {}
         self._children: list[subprocess.Popen[bytes]] = []
         self._nudger: Nudger | None = None
         self._price = HitPrice()
-        self._shared: dict[tuple[int, ...], probes.Programs] = {}
+        self._shared: dict[Identity, probes.Programs] = {}
+        self._crowded: Collection[Identity] = ()
         self._newcomers = Newcomers(pids)
         self._next_look = 0.0
         self.alerts = 0
@@ -107,11 +118,11 @@ class Session:
         if probes_wanted:
             probes.check_host()
         self._next_look = time.monotonic() + FOLLOW_S
-        crowded = crowded_executables(targets)
+        self._crowded = crowded_executables(targets)
         try:
             for target in targets:
                 if not self._stop.requested:
-                    self._start(target, started, self._options.follow or executable_of(target) in crowded)
+                    self._start(target, started)
             self._get_ready()
             self._loop()
         finally:
@@ -141,13 +152,13 @@ class Session:
         self.failures += 1
         self._emit(Failure(time.time(), pid, error.message, error.hint))
 
-    def _start(self, target: Target, started: float, shared: bool) -> None:
+    def _start(self, target: Target, started: float) -> None:
         try:
             fd = os.pidfd_open(target.pid)
             try:
                 # Only now: what the descriptor refers to is known to be this very process.
                 target.check_alive()
-                watch = self._attached(target, started, shared)
+                watch = self._attached(target, started)
             except BaseException:
                 os.close(fd)
                 raise
@@ -162,56 +173,76 @@ class Session:
         else:
             os.close(fd)
 
-    def _attached(self, target: Target, started: float, shared: bool) -> Watch | None:
+    def _attached(self, target: Target, started: float) -> Watch | None:
         """A watch that is attached; None where we were told to stop before."""
-        executable = executable_of(target)
-        if not executable:
-            raise ended(target.pid)
-        build = self._build_of(target, executable)
+        executable = self._know(target)
+        known = self._known[executable]
         if self._stop.requested:
             return None
-        programs = self._programs_of(executable, build) if shared and probes.can_be_shared(target.pid) else None
-        watch = Watch(target, build, self._options.settings, self._emit, self._price)
+        programs = self._programs_of(executable, known) if self._to_share(executable, known, target) else None
+        watch = Watch(target, known.build, self._options.settings, self._emit, self._price)
         watch.executable = executable
         try:
             if self._options.nudge:
                 # The monitor's library takes as long to import as a third of all the rest.
                 from tracer.nudger import Nudger
 
-                self._nudger = Nudger(target, build, self._options.nudge, self._progress)
-            watch.attach(started, programs)
+                self._nudger = Nudger(target, known.build, self._options.nudge, self._progress)
+            watch.attach(started, known.file, programs)
         except BaseException:
             watch.close()
             raise
         return watch
 
-    def _programs_of(self, executable: tuple[int, ...], build: Build) -> probes.Programs | None:
+    def _to_share(self, executable: Identity, known: Known, target: Target) -> bool:
+        wanted = self._options.follow or executable in self._crowded
+        return wanted and known.shareable and probes.can_be_shared(target.pid)
+
+    def _programs_of(self, executable: Identity, known: Known) -> probes.Programs | None:
         """Those that all processes of this executable share."""
-        settings = self._options.settings
-        sites = build.located.sites_of(*MODES[settings.mode])
+        settings, located = self._options.settings, known.build.located
+        sites = located.sites_of(*MODES[settings.mode])
         if not sites:
             return None
         if executable not in self._shared:
-            what = parameters_of(build, settings, shared=True)
-            self._shared[executable] = probes.Programs(sites, build.located.layout.element, what)
+            what = parameters_of(known.build, settings, shared=True)
+            self._shared[executable] = probes.Programs(known.file, sites, located.layout.element, what)
         return self._shared[executable]
 
-    def _build_of(self, target: Target, executable: tuple[int, ...]) -> Build:
+    def _know(self, target: Target) -> Identity:
+        """What the process runs: opened here and never again, understood if it was not yet; its key in `_known`."""
+        file = Executable.of(target)
         try:
-            if executable not in self._builds:
-                name, place = f"process {target.pid} ({target.exe})", debug_place(target)
-                only = self._options.settings.locate_by
-                self._builds[executable] = (
-                    read_build(target.image_path, name, only, place)
-                    if only
-                    else kept.read_build(target.image_path, name, place)
-                )
+            executable = file.identity
+            if executable in self._known:
+                file.close()
+                return executable
+            known = self._understood(target, file)
+            if not known.shareable:
+                executable = (*executable, target.pid, target.start_time)
+            self._known[executable] = known
+        except BaseException:
+            file.close()
+            raise
+        return executable
+
+    def _understood(self, target: Target, file: Executable) -> Known:
+        """By what the process has no say in; only where that does not tell, by its own debug files, for it alone."""
+        name, only = f"process {target.pid} ({target.exe})", self._options.settings.locate_by
+        try:
+            try:
+                if not only:
+                    return Known(file, kept.read_build(file, name, host_place(target)), True)
+                with file.image() as image:
+                    return Known(file, build_of(image, name, only, host_place(target)), True)
+            except SitesNotFound:
+                with file.image() as image:
+                    return Known(file, build_of(image, name, only, debug_place(target)), False)
         except NotQemu as error:
             error.hint = qemu_hint(target.pid)
             raise
         except OSError as error:
             raise ended(target.pid, error) from error
-        return self._builds[executable]
 
     def _emit(self, event: Event) -> None:
         if isinstance(event, Alert):
@@ -285,7 +316,7 @@ class Session:
             started = time.monotonic()
             target = self._open(pid)
             if target:
-                self._start(target, started, shared=True)
+                self._start(target, started)
         self._next_look = time.monotonic() + FOLLOW_S
 
     def _scan(self, fd: int, watch: Watch) -> None:
@@ -326,8 +357,8 @@ class Session:
         used = {watch.executable for watch in self._watches.values()}
         for executable in self._shared.keys() - used:
             self._shared.pop(executable).close()
-        for executable in self._builds.keys() - used:
-            del self._builds[executable]
+        for executable in self._known.keys() - used:
+            self._known.pop(executable).file.close()
 
     def _refresh(self) -> None:
         for programs in self._shared.values():
@@ -349,6 +380,7 @@ class Session:
                 watch.close()
                 os.close(fd)
             self._watches.clear()
+            self._forget_unused()
 
     def _end_nudges(self) -> None:
         if self._nudger is not None:
@@ -383,17 +415,12 @@ class Newcomers:
         return found
 
 
-def executable_of(target: Target) -> tuple[int, ...]:
-    """What tells executables apart, nothing if the process has ended.
-
-    The number of a file is given to another one when it is gone, and a file may be written anew.
-    """
-    return kept.identity(target.image_path)
-
-
-def crowded_executables(targets: Sequence[Target]) -> set[tuple[int, ...]]:
-    """Executables that more than SHARED_FROM of the processes run."""
-    count = Counter(executable_of(target) for target in targets)
+def crowded_executables(targets: Sequence[Target]) -> set[Identity]:
+    """Executables that more than SHARED_FROM of the processes run, or say so: to share or not, no more, hangs on it."""
+    count: Counter[Identity] = Counter()
+    for target in targets:
+        with suppress(OSError):
+            count[identity_of(os.stat(target.image_path))] += 1
     return {executable for executable, times in count.items() if times > SHARED_FROM}
 
 

@@ -30,6 +30,7 @@ from tracer.events import (
     Stepped,
     TargetEnded,
 )
+from tracer.executable import Executable
 from tracer.layout import RequestState
 from tracer.live import LiveView
 from tracer.looking import Finding, Looker
@@ -174,16 +175,17 @@ class Watch:
 
     # -- attach -------------------------------------------------------------------------------------
 
-    def attach(self, started: float, programs: probes.Programs | None = None) -> None:
+    def attach(self, started: float, file: Executable, programs: probes.Programs | None = None) -> None:
         """Attach what the mode wants, adopt what is in flight; `started` is when the command began.
 
-        `programs` are those that are shared by the processes of this build, if they are.
+        `file` is what the build was read from; it stays open while the watch lasts. `programs` are those that are
+        shared by the processes of this build, if they are.
         """
         sites = self._build.located.sites_of(*MODES[self._mode])
         if sites:
             element = self._build.located.layout.element
             what = parameters_of(self._build, self._settings)
-            self._probes = probes.Probes(self.target.pid, sites, element, what, programs)
+            self._probes = probes.Probes(self.target.pid, file, sites, element, what, programs)
             self.target.check_alive()
             self._probes.attach()
         self._tids = set(self.target.tids())

@@ -75,7 +75,7 @@ def small(set_bits: int = 1, max_requests: int = 4) -> Parameters:
 
 def load(pool: Miniature, names: tuple[str, ...] = SITE_NAMES, what: Parameters | None = None) -> Probes:
     """Probes for the pool's sites of those names, not attached yet."""
-    return Probes(pool.pid, [pool.sites[name] for name in names], ELEMENT, what or PARAMETERS)
+    return Probes(pool.pid, pool.file, [pool.sites[name] for name in names], ELEMENT, what or PARAMETERS)
 
 
 @contextmanager

@@ -11,8 +11,11 @@ from functools import cache
 from pathlib import Path
 from types import TracebackType
 
+from tracer.elf import Image
+from tracer.executable import Executable
 from tracer.layout import ElementLayout
 from tracer.sites.model import CALLBACK, DONE, SUBMIT, Site
+from tracer.sites.placing import placed
 
 HERE = Path(__file__).parent
 X86 = platform.machine() == "x86_64"
@@ -41,10 +44,11 @@ def symbols(program: Path) -> dict[str, int]:
 def sites_of(program: Path) -> dict[str, Site]:
     """The three sites by name."""
     address = symbols(program)
-    return {
-        name: Site(name, address[f"site_{name}"], register, "call", "by hand", True)
-        for name, register in REGISTERS.items()
-    }
+    with Image.open(program) as image:
+        return {
+            name: placed(image, Site(name, address[f"site_{name}"], register, "call", "by hand", True))
+            for name, register in REGISTERS.items()
+        }
 
 
 class Miniature:
@@ -53,6 +57,7 @@ class Miniature:
     def __init__(self, program: Path) -> None:
         self._process = subprocess.Popen([program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         self.pid = self._process.pid
+        self.file = Executable.open(f"/proc/{self.pid}/exe")
         self.sites = sites_of(program)
         self._symbols = symbols(program)
         self.do("")
@@ -103,3 +108,4 @@ class Miniature:
     ) -> None:
         self._process.kill()
         self._process.communicate()
+        self.file.close()

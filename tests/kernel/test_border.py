@@ -84,7 +84,7 @@ def test_maps_are_made_as_they_were_compiled(
     """Their shapes outlive the compiler's process; the sizes are those that are read."""
     monkeypatch.setattr(probes, "_may_allocate", lambda: not beforehand)
     most = (probes.PREALLOCATED_STATISTICS, probes.PREALLOCATED_SHARED)[shared] if beforehand else probes.MAX_STATISTICS
-    loaded = Programs(list(pool.sites.values()), ELEMENT, Parameters(77, set_bits=3, shared=shared))
+    loaded = Programs(pool.file, list(pool.sites.values()), ELEMENT, Parameters(77, set_bits=3, shared=shared))
     made = dict(loaded._maps)
     assert {name: (each.key_size, each.value_size) for name, each in made.items()} == {
         name: (ct.sizeof(key), ct.sizeof(value)) for name, (key, value) in TABLES.items()
@@ -262,7 +262,7 @@ from pathlib import Path
 from tests.kernel.miniature import ELEMENT, Miniature
 from tracer.probes import Probes
 with Miniature(Path(sys.argv[1])) as pool:
-    probes = Probes(pool.pid, list(pool.sites.values()), ELEMENT)
+    probes = Probes(pool.pid, pool.file, list(pool.sites.values()), ELEMENT)
     probes.attach()
     pool.do("r23")
     print(sum(kind.completed for kind in probes.statistics().values()))

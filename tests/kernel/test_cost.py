@@ -30,8 +30,8 @@ def counting(pool: Miniature, names: tuple[str, ...], shared: bool) -> Iterator[
     """Attached programs that count what they do."""
     what = Parameters(shared=shared, extra_flags=("-DCOUNT_OPERATIONS=1",))
     sites = [pool.sites[name] for name in names]
-    programs = Programs(sites, ELEMENT, what)
-    probes = Probes(pool.pid, sites, ELEMENT, what, loaded=programs)
+    programs = Programs(pool.file, sites, ELEMENT, what)
+    probes = Probes(pool.pid, pool.file, sites, ELEMENT, what, loaded=programs)
     try:
         probes.attach()
         yield programs, probes

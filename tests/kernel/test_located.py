@@ -20,6 +20,7 @@ from tests.conftest import require
 from tests.targets import Recipe, build
 from tracer.elf import Image
 from tracer.errors import HostError
+from tracer.executable import Executable
 from tracer.figures import combined
 from tracer.maps import Statistics
 from tracer.probes import Probes, check_host
@@ -56,12 +57,10 @@ def located(program: Path, only: str | None = None) -> Located:
 
 
 @contextmanager
-def waiting(program: Path) -> Iterator[subprocess.Popen[str]]:
-    """The program, started and waiting for a line before it makes its requests."""
-    numbers = [str(number) for number in (WITH, WITHOUT, CO)]
-    process = subprocess.Popen(
-        [str(program), *numbers, "wait"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
+def waiting(program: Path, *before: str) -> Iterator[subprocess.Popen[str]]:
+    """The program, started (by the command `before`) and waiting for a line before it makes its requests."""
+    command = [*before, str(program), *(str(number) for number in (WITH, WITHOUT, CO)), "wait"]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     try:
         assert process.stdout is not None
         assert "QEMU" in process.stdout.readline()
@@ -73,8 +72,8 @@ def waiting(program: Path) -> Iterator[subprocess.Popen[str]]:
 
 def counted(program: Path, sites: tuple[Site, ...], found: Located) -> tuple[Statistics, int]:
     """What the probes counted, and how many records were left at the end."""
-    with waiting(program) as process:
-        probes = Probes(process.pid, sites, found.layout.element)
+    with waiting(program) as process, Executable.open(program) as file:
+        probes = Probes(process.pid, file, sites, found.layout.element)
         try:
             probes.attach()
             assert process.stdin is not None

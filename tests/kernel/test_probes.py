@@ -22,6 +22,7 @@ from tests.kernel.attaching import (
 from tests.kernel.miniature import ELEMENT, Miniature, build
 from tracer import kernel, probes
 from tracer.errors import AioTraceError, ProbeError
+from tracer.executable import Executable
 from tracer.maps import (
     COUNTERS,
     FLAG_BEFORE,
@@ -568,7 +569,8 @@ def test_fixed_and_position_independent_programs(tmp_path: Path, variant: Varian
         assert loaded.records().keys() == {pool.element(5)}
 
 
-def test_a_program_deleted_under_the_process(tmp_path: Path) -> None:
+@in_every_way
+def test_a_program_deleted_under_the_process(tmp_path: Path, variant: Variant) -> None:
     """An upgrade of the package leaves the old QEMU running."""
     program = build(tmp_path)
     with Miniature(program) as pool:
@@ -609,8 +611,9 @@ def test_nothing_is_left_of_probes_that_were_only_loaded(pool: Miniature) -> Non
 def test_a_failed_attachment_takes_the_others_back(pool: Miniature, variant: Variant) -> None:
     """The submit site is attached last; here it lies outside the file."""
     original, held = pool.site_bytes(), open_kernel_objects()
-    nowhere = replace(pool.sites["submit"], address=0x7FFFFFFF0000)
-    loaded = Probes(pool.pid, [nowhere, pool.sites["done"], pool.sites["callback"]], ELEMENT, attaching.PARAMETERS)
+    nowhere = replace(pool.sites["submit"], offset=0x7FFFFFFF0000)
+    sites = [nowhere, pool.sites["done"], pool.sites["callback"]]
+    loaded = Probes(pool.pid, pool.file, sites, ELEMENT, attaching.PARAMETERS)
     with pytest.raises(ProbeError, match="attach"):
         loaded.attach()
     assert pool.site_bytes() == original
@@ -621,7 +624,7 @@ def test_a_program_that_does_not_compile(pool: Miniature) -> None:
     """bcc's bare exception becomes one sentence with the compiler's own words, and the rest a note."""
     strange = [replace(site, register="xmm0") for site in pool.sites.values()]
     with pytest.raises(ProbeError) as caught:
-        Probes(pool.pid, strange, ELEMENT)
+        Probes(pool.pid, pool.file, strange, ELEMENT)
     assert "error:" in caught.value.message
     assert "\n" not in caught.value.message
     assert any("aio_trace.c" in note or "main.c" in note for note in caught.value.__notes__)
@@ -630,9 +633,10 @@ def test_a_program_that_does_not_compile(pool: Miniature) -> None:
 def test_a_process_that_has_ended(program: Path) -> None:
     with Miniature(program) as gone:
         sites = list(gone.sites.values())
-    loaded = Probes(gone.pid, sites, ELEMENT)
-    with pytest.raises(AioTraceError):
-        loaded.attach()
+    with Executable.open(program) as file:
+        loaded = Probes(gone.pid, file, sites, ELEMENT)
+        with pytest.raises(AioTraceError):
+            loaded.attach()
 
 
 def test_bcc_prints_nothing(pool: Miniature, capfd: pytest.CaptureFixture[str]) -> None:

@@ -43,14 +43,14 @@ def loaded(
         monkeypatch.setattr(probes, "_has_multi", lambda: False)
     # Few sets, so that requests of several processes meet in one.
     small = Parameters(shared=True, set_bits=2, max_requests=200)
-    programs = Programs(list(three[0].sites.values()), ELEMENT, small)
+    programs = Programs(three[0].file, list(three[0].sites.values()), ELEMENT, small)
     yield programs
     programs.close()
 
 
 def enter(pool: Miniature, loaded: Programs, names: tuple[str, ...] = SITE_NAMES) -> Probes:
     """The process is watched from now on."""
-    watched = Probes(pool.pid, [pool.sites[name] for name in names], ELEMENT, WHAT, loaded=loaded)
+    watched = Probes(pool.pid, pool.file, [pool.sites[name] for name in names], ELEMENT, WHAT, loaded=loaded)
     watched.attach()
     return watched
 
@@ -268,7 +268,7 @@ from tracer.probes import Parameters, Probes, can_be_shared
 assert os.getpid() < 10, os.getpid()
 with Miniature(Path(sys.argv[1])) as pool, Miniature(Path(sys.argv[1])) as other:
     assert can_be_shared(pool.pid)
-    probes = Probes(pool.pid, list(pool.sites.values()), ELEMENT, Parameters(shared=sys.argv[2] == "shared"))
+    probes = Probes(pool.pid, pool.file, list(pool.sites.values()), ELEMENT, Parameters(shared=sys.argv[2] == "shared"))
     probes.attach()
     other.do("r50")
     pool.do("r500 s1 s2 d2")

@@ -23,6 +23,7 @@ from tracer import kernel, session
 from tracer.budget import Decision
 from tracer.build import read_build
 from tracer.events import Alert, Attached, Counts, Event, Failure, Resolved, Stepped
+from tracer.executable import Executable
 from tracer.lab import faults
 from tracer.lab.process import wait_until
 from tracer.lab.qemu import STORAGE_DAEMON, SYSTEM, Qemu, paused, storage_daemon
@@ -186,13 +187,14 @@ def test_shared_counts_of_one_that_ends_meanwhile() -> None:
         for each in (qemu, other):
             each.request("d0", "write")
         pool = faults.pool_of(qemu, "d0")
-        located = read_build(open_target(qemu.pid).image_path, SYSTEM).located
+        file = stack.enter_context(Executable.of(open_target(qemu.pid)))
+        located = read_build(file.path, SYSTEM).located
         what = Parameters(shared=True, fresh_s=PATIENCE_S)
-        programs = Programs(located.sites_of(*SITE_NAMES), located.layout.element, what)
+        programs = Programs(file, located.sites_of(*SITE_NAMES), located.layout.element, what)
         stack.callback(programs.close)
         watches = [InProcess(each, shared=programs) for each in (qemu, other)]
         for watched in watches:
-            stack.callback(watched.watch.close)
+            stack.callback(watched.close)
         qemu.request("d0", "write")
         with slow.held():
             handle = qemu.submit("d0", "write")
@@ -244,9 +246,14 @@ class InProcess:
     ) -> None:
         self.events: list[Event] = []
         target = open_target(qemu.pid)
-        build = read_build(target.image_path, target.exe)
+        self._file = Executable.of(target)
+        build = read_build(self._file.path, target.exe)
         self.watch = Watch(target, build, Settings(deadline_s, slow_s, budget=10.0), self.events.append)
-        self.watch.attach(time.monotonic(), shared)
+        self.watch.attach(time.monotonic(), self._file, shared)
+
+    def close(self) -> None:
+        self.watch.close()
+        self._file.close()
 
     def step(self, mode: str) -> None:
         """As the budget decides."""
@@ -271,7 +278,7 @@ def stepped(paused_qemu: Qemu) -> Iterator[InProcess]:
     try:
         yield made
     finally:
-        made.watch.close()
+        made.close()
 
 
 def test_stepping_takes_probes_away_and_puts_them_back(paused_qemu: Qemu, stepped: InProcess) -> None:
@@ -337,7 +344,7 @@ def test_those_under_way_when_all_probes_come_back() -> None:
             qemu.finish("d0", handle)
             watched.watch.counts(final=True)
         finally:
-            watched.watch.close()
+            watched.close()
     (counts,) = watched.named(Counts)
     assert isinstance(counts, Counts)
     assert (counts.requests.submitted, counts.requests.completed, counts.requests.in_flight) == (0, 0, 0)

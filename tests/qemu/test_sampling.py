@@ -14,6 +14,7 @@ import pytest
 from tests.qemu.tracing import traced
 from tracer.build import load, read_build
 from tracer.events import Alert, Event
+from tracer.executable import Executable
 from tracer.inspect import diagnose
 from tracer.lab import faults
 from tracer.lab.process import wait_until
@@ -61,8 +62,8 @@ def test_a_busy_pool_costs_few_short_looks_and_gives_no_alert(tmp_path: Path, mo
     with busy_pool(tmp_path) as pid:
         target = open_target(pid)
         watch = Watch(target, read_build(target.image_path, "qemu-img"), Settings(1.0, mode="none"), events.append)
-        with closing(watch):
-            watch.attach(time.monotonic())
+        with closing(watch), Executable.of(target) as file:
+            watch.attach(time.monotonic(), file)
             reads, scans, seen = 0, 0, []
             began = time.monotonic()
             while watch.next_scan < began + 5:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import re
 import struct
@@ -187,6 +188,16 @@ def test_what_is_no_file_is_refused(tmp_path: Path) -> None:
     for path in (tmp_path / "empty", tmp_path / "absent", tmp_path):
         with pytest.raises(ImageError, match=re.escape(str(path))):
             Image.open(path)
+
+
+def test_a_file_that_is_cut_short_meanwhile(tmp_path: Path) -> None:
+    """Whose file it is may do that at any moment. Were the file mapped, this would be the end of us."""
+    path = tmp_path / "elf"
+    path.write_bytes(TRUE.read_bytes())
+    with Image.open(path) as image:
+        os.truncate(path, 4096)
+        with pytest.raises(ImageError, match="ends before"):
+            image.whole()
 
 
 def ask_everything(path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import struct
 import subprocess
 import sys
 from collections.abc import Callable
@@ -18,6 +19,8 @@ from tracer import cache, kept
 from tracer.build import Build, build_of
 from tracer.debug_files import Place
 from tracer.elf import Image
+from tracer.executable import Executable
+from tracer.sites.placing import INSTRUCTION
 
 ROOT = Path(__file__).resolve().parents[2]
 QEMU = "/usr/bin/qemu-img"
@@ -57,7 +60,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture
 def located(folder: Path) -> Build:
     """What was found in QEMU, and is kept now."""
-    build = kept.read_build(QEMU, QEMU, PLACE)
+    build = known(QEMU)
     assert len(list(folder.iterdir())) == 1
     return build
 
@@ -72,9 +75,15 @@ def no_search(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kept, "build_of", fresh)
 
 
+def known(path: str, place: Place = PLACE) -> Build:
+    """What is known of that file by now."""
+    with Executable.open(path) as file:
+        return kept.read_build(file, path, place)
+
+
 def key_of(path: str, place: Place = PLACE) -> bytes:
-    with Image.open(path) as image:
-        key = kept._key(image, path, place)
+    with Executable.open(path) as file, file.image() as image:
+        key = kept._key(image, file, place)
     assert key is not None
     return key
 
@@ -94,21 +103,21 @@ def test_what_was_kept_is_what_is_found(located: Build) -> None:
 
 
 def test_a_file_that_was_met_before_is_not_searched(located: Build, no_search: None) -> None:
-    assert kept.read_build(QEMU, QEMU, PLACE) == located
+    assert known(QEMU) == located
 
 
 def test_nothing_kept_is_searched(no_search: None) -> None:
     with pytest.raises(Fresh):
-        kept.read_build(QEMU, QEMU, PLACE)
+        known(QEMU)
 
 
 @pytest.mark.parametrize("name", ["qemu-system-x86_64", "qemu-storage-daemon", "qemu-nbd", "qemu-io"])
 def test_every_program_of_qemu_can_be_kept(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = f"/usr/bin/{name}"
     require(Path(path).exists(), f"{path} is not installed")
-    first = kept.read_build(path, path, Place(path))
+    first = known(path, Place(path))
     monkeypatch.setattr(kept, "build_of", None)
-    assert kept.read_build(path, path, Place(path)) == first
+    assert known(path, Place(path)) == first
 
 
 def moved(by: int, *way: str) -> Callable[[Json], object]:
@@ -124,7 +133,7 @@ def instruction_moved(value: Json) -> None:
     """A site beside the right one, with its instruction told as the file has it."""
     address = value["sites"]["done"]["address"] = value["sites"]["done"]["address"] - (1 << 16)
     with Image.open(QEMU) as image:
-        value["instructions"][str(address)] = image.read(address, kept.INSTRUCTION).hex()
+        value["sites"]["done"] |= {"offset": image.offset_of(address), "code": image.read(address, INSTRUCTION).hex()}
 
 
 EDITS: dict[str, Callable[[Json], object]] = {
@@ -136,7 +145,9 @@ EDITS: dict[str, Callable[[Json], object]] = {
     "a site of another name": lambda value: value["sites"]["done"].update(name="submit"),
     "a site with more to it": lambda value: value["sites"]["done"].update(more=1),
     "a register": lambda value: value["sites"]["done"].update(register="rbx; exit"),
-    "no instruction": lambda value: value["instructions"].clear(),
+    "no instruction": lambda value: value["sites"]["done"].update(code=""),
+    "no place": lambda value: value["sites"]["done"].pop("offset"),
+    "another place": moved(16, "sites", "done", "offset"),
     "worker_thread moved": moved(16, "functions", "worker_thread"),
     "worker_thread gone": lambda value: value["functions"].pop("worker_thread"),
     "bounds moved": lambda value: value["bounds"].update(worker_thread=[16, 32]),
@@ -157,11 +168,11 @@ EDITS: dict[str, Callable[[Json], object]] = {
 @pytest.mark.parametrize("name", EDITS)
 def test_an_entry_that_was_edited_is_not_believed(name: str, located: Build) -> None:
     edit(EDITS[name])
-    assert kept.read_build(QEMU, QEMU, PLACE) == located
+    assert known(QEMU) == located
     assert cache.refusals
     # And what was found in its place is kept.
     cache.refusals.clear()
-    assert kept.read_build(QEMU, QEMU, PLACE) == located
+    assert known(QEMU) == located
     assert not cache.refusals
 
 
@@ -169,14 +180,14 @@ def test_an_entry_that_was_edited_is_not_believed(name: str, located: Build) -> 
 def test_an_edited_entry_leads_to_a_search(name: str, located: Build, no_search: None) -> None:
     edit(EDITS[name])
     with pytest.raises(Fresh):
-        kept.read_build(QEMU, QEMU, PLACE)
+        known(QEMU)
 
 
 @pytest.mark.parametrize("content", [b"", b"[]", b"null", b"1", b"\xff", b"{", b'{"sites": []}', b"[" * 100_000])
 def test_no_entry_at_all(content: bytes, located: Build, no_search: None) -> None:
     cache.store(kept.KIND, key_of(QEMU), content)
     with pytest.raises(Fresh):
-        kept.read_build(QEMU, QEMU, PLACE)
+        known(QEMU)
 
 
 def test_one_byte_of_the_code_is_another(located: Build, tmp_path: Path, no_search: None) -> None:
@@ -188,7 +199,7 @@ def test_one_byte_of_the_code_is_another(located: Build, tmp_path: Path, no_sear
     content = cache.load(kept.KIND, key_of(QEMU))
     assert content
     cache.store(kept.KIND, key_of(str(other)), content)
-    assert kept.read_build(str(other), "", PLACE) == located
+    assert known(str(other)) == located
     with other.open("r+b") as file:
         file.seek(worker + 40)
         byte = file.read(1)
@@ -196,8 +207,29 @@ def test_one_byte_of_the_code_is_another(located: Build, tmp_path: Path, no_sear
         file.write(bytes([byte[0] ^ 1]))
     cache.store(kept.KIND, key_of(str(other)), content)
     with pytest.raises(Fresh):
-        kept.read_build(str(other), "", PLACE)
+        known(str(other))
     assert "is another" in cache.refusals[-1]
+
+
+def test_the_same_code_in_other_functions(located: Build, tmp_path: Path, no_search: None) -> None:
+    """A file with the identity of one that was met, and its code, but another unwind table: instructions in the
+    middle of this one's instructions, perhaps."""
+    with Image.open(QEMU) as image:
+        worker = located.located.functions["worker_thread"]
+        header, _, table = image._unwind_table or (0, 0, b"")
+        row = next(row for row in range(0, len(table), 8) if struct.unpack_from("<i", table, row)[0] == worker - header)
+        place = image.offset_of(header) + 12 + row
+    other = tmp_path / "qemu-img"
+    shutil.copy(QEMU, other)
+    with other.open("r+b") as file:
+        file.seek(place)
+        file.write(struct.pack("<i", worker - header + 1))
+    content = cache.load(kept.KIND, key_of(QEMU))
+    assert content
+    cache.store(kept.KIND, key_of(str(other)), content)
+    with pytest.raises(Fresh):
+        known(str(other))
+    assert "there is no function from" in cache.refusals[-1]
 
 
 def test_each_file_has_a_key_of_its_own(tmp_path: Path) -> None:
@@ -229,9 +261,9 @@ def test_a_newer_program_has_other_keys(tmp_path: Path) -> None:
     program = f"""
 from tracer import kept
 from tracer.debug_files import Place
-from tracer.elf import Image
-with Image.open({QEMU!r}) as image:
-    print(kept._key(image, {QEMU!r}, Place({QEMU!r})))
+from tracer.executable import Executable
+with Executable.open({QEMU!r}) as file, file.image() as image:
+    print(kept._key(image, file, Place({QEMU!r})))
 """
 
     def key() -> str:
@@ -251,7 +283,7 @@ import sys
 import cli, tracer.report, tracer.session, tracer.kept
 from tracer.debug_files import Place
 before = set(sys.modules)
-tracer.kept.read_build({QEMU!r}, "", Place({QEMU!r}))
+tracer.kept.read_build(tracer.executable.Executable.open({QEMU!r}), "", Place({QEMU!r}))
 print([name for name in {NOT_NEEDED!r} if name in sys.modules], sorted(set(sys.modules) - before))
 """
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)

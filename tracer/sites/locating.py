@@ -14,6 +14,7 @@ from tracer.elf import Image
 from tracer.errors import SitesNotFound, UsageError
 from tracer.sites import code, dwarf, symbols, usdt
 from tracer.sites.model import SUBMIT, Attempt, Located
+from tracer.sites.placing import placed
 from tracer.sites.proof import NotProved
 from tracer.sites.search import Search
 
@@ -72,7 +73,14 @@ def _best(search: Search, names: tuple[str, ...]) -> Located:
         best = best or found
     if best is None:
         raise _not_found(search.image, tuple(attempts))
-    return replace(best, attempts=tuple(attempts), notes=(*best.notes, *notes))
+    image = search.image
+    return replace(
+        best,
+        sites={name: placed(image, site) for name, site in best.sites.items()},
+        more_sites=tuple(placed(image, site) for site in best.more_sites),
+        attempts=tuple(attempts),
+        notes=(*best.notes, *notes),
+    )
 
 
 def _source(located: Located | None) -> str:

@@ -25,7 +25,8 @@ class Site:
     architecture's manual does ("rbp", "x19"), or the address of a member of it ("x19-0x44" is the element);
     `instruction` is its disassembly; `cheap` is true when the kernel emulates it (a nop, call, jmp, jcc
     or push), false when it must be single-stepped. `without_callback` tells of a callback site that it is
-    reached for requests without a callback, too.
+    reached for requests without a callback, too. `offset` is where the instruction is in the file, in bytes, and
+    `code` what the file holds there, as hex: what is attached to is compared with it.
     """
 
     name: str
@@ -35,6 +36,8 @@ class Site:
     strategy: str
     cheap: bool
     without_callback: bool = False
+    offset: int | None = None
+    code: str = ""
 
 
 @dataclass(frozen=True)
