@@ -130,7 +130,7 @@ def _save(view: LiveView, path: str) -> Saved:
     size = _lay_out(parts, data_at)
     with _New(path) as file:
         _write_memory(view, parts, file)
-        taken = take_registers(view.target, lambda found: list(_stack_tops(view, regions, found)))
+        taken = take_registers(view.target, lambda found: _with_the_threads_stopped(view, regions, found))
         for address, data in taken.read:
             _overlay(parts, file, address, data)
         stopped_ms = round(taken.stopped_s * 1e3, 3)
@@ -330,7 +330,16 @@ def _write_memory(view: LiveView, parts: list[_Part], file: _New) -> None:
             file.write_pages(part.offset + address - part.start, data)
             part.present = address + len(data) - part.start
     if not any(part.present for part in parts):
+        view.target.check_memory()
         raise ended(view.pid)
+
+
+def _with_the_threads_stopped(
+    view: LiveView, regions: Sequence[Region], threads: Sequence[ThreadRegisters]
+) -> list[tuple[int, bytes]]:
+    """What must be of the same instant as the registers; TargetExited where the rest is of another program."""
+    view.target.check_memory()
+    return list(_stack_tops(view, regions, threads))
 
 
 def _stack_tops(

@@ -10,6 +10,7 @@ import errno
 import os
 import re
 import struct
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from functools import cached_property
@@ -20,7 +21,11 @@ from tracer.records import dataclass
 from tracer.rights import WHOLE_CONTAINER, in_pid_namespace, refusal
 from tracer.text import printable
 
-AT_ENTRY = 9
+AT_ENTRY, AT_RANDOM = 9, 25
+_RANDOM_SIZE = 16
+#: In the middle of an exec the vector is not whole yet.
+_LOADING = b"\0"
+_LOADING_LOOKS, _LOADING_S = 10, 0.001
 
 # System calls in which a thread may sleep for long, by number; arch/x86/entry/syscalls/syscall_64.tbl.
 _SYSCALLS_X86_64 = {
@@ -171,11 +176,16 @@ def _schedule(pid: int, tid: int) -> tuple[float | None, float | None]:
 
 @dataclass(frozen=True)
 class Target:
-    """A process by pid and start time (clock ticks since boot): a recycled pid is another process."""
+    """A process by pid and start time (clock ticks since boot): a recycled pid is another process.
+
+    `program` is what the kernel gave to the program that ran when the process was opened: where it begins, and the
+    random bytes that each exec draws anew. None where that could not be read.
+    """
 
     pid: int
     start_time: int
     exe: str  # where /proc/PID/exe points, for people to read
+    program: bytes | None = None
 
     @property
     def image_path(self) -> str:
@@ -215,18 +225,22 @@ class Target:
             raise ended(self.pid)
 
     def check_memory(self) -> None:
-        """Raise TargetExited unless `alive` with its memory, which goes before the number does."""
+        """Raise TargetExited unless `alive` with its memory, which goes before the number does, and in `program` still.
+
+        An exec leaves the number and the start time, and nothing else of what was seen.
+        """
         try:
-            with open(f"/proc/{self.pid}/auxv", "rb") as file:
-                there = bool(file.read(1))
+            program = _program_of(self.pid)
         except PermissionError:
-            there = True
+            program = None
         except OSError as error:
             raise ended(self.pid, error) from error
-        if not there:
+        if program == b"":
             raise ended(self.pid)
-        # Last: what was seen of it until now was not seen of another one.
+        # What was seen of it until now was not seen of another one.
         self.check_alive()
+        if None not in (program, self.program) and program != self.program:
+            raise TargetExited(f"process {self.pid} runs another program now", qemu_hint(self.pid))
 
     def thread(self, tid: int) -> Thread | None:
         """One thread now, or None when it is gone."""
@@ -285,14 +299,12 @@ class Target:
     def entry_address(self) -> int:
         """Where the executable's entry point was loaded (AT_ENTRY); less e_entry it is the load bias."""
         try:
-            with open(f"/proc/{self.pid}/auxv", "rb") as file:
-                data = file.read()
+            entry = _auxiliary(_auxv(self.pid), AT_ENTRY)
         except OSError as error:
             raise ended(self.pid, error) from error
-        for kind, value in struct.iter_unpack("QQ", data[: len(data) // 16 * 16]):
-            if kind == AT_ENTRY:
-                return int(value)
-        raise ended(self.pid)
+        if entry is None:
+            raise ended(self.pid)
+        return entry
 
     def file_of(self, fd: int) -> str | None:
         """What a file descriptor of the process refers to, by a name that can be shown; None if it is not open."""
@@ -314,6 +326,30 @@ class Target:
     def name(self) -> str:
         """The process's own name."""
         return _stat_fields(self.pid)[0]
+
+
+def _auxv(pid: int) -> bytes:
+    with open(f"/proc/{pid}/auxv", "rb") as file:
+        return file.read()
+
+
+def _auxiliary(vector: bytes, wanted: int) -> int | None:
+    words = struct.iter_unpack("QQ", vector[: len(vector) // 16 * 16])
+    return next((int(value) for kind, value in words if kind == wanted), None)
+
+
+def _program_of(pid: int) -> bytes:
+    """See Target.program; nothing where the process has no memory any more. OSError where that is not told."""
+    vector = _auxv(pid)
+    entry, place = _auxiliary(vector, AT_ENTRY), _auxiliary(vector, AT_RANDOM)
+    if entry is None or place is None:
+        return _LOADING if vector else b""
+    told = struct.pack("<QQ", entry, place)
+    with open(f"/proc/{pid}/mem", "rb", buffering=0) as memory:
+        try:
+            return told + os.pread(memory.fileno(), _RANDOM_SIZE, place)
+        except (OSError, OverflowError):
+            return told  # it is its own to take away
 
 
 def _parse_maps(text: str) -> Iterator[Region]:
@@ -351,7 +387,20 @@ def open_target(pid: int, line: Callable[..., str] = trace_line) -> Target:
     except OSError as error:
         why = f"process {pid} has no executable: it is a kernel thread or ends"
         raise NotQemu(why, qemu_hint(pid, line)) from error
-    return Target(pid, int(fields[19]), exe)
+    return Target(pid, int(fields[19]), exe, _program_if_told(pid))
+
+
+def _program_if_told(pid: int) -> bytes | None:
+    """A process that was just started may still be at its exec."""
+    try:
+        for _ in range(_LOADING_LOOKS):
+            program = _program_of(pid)
+            if program != _LOADING:
+                return program or None
+            time.sleep(_LOADING_S)
+    except OSError:
+        pass
+    return None
 
 
 def _exe_of(pid: int) -> str:

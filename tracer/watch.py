@@ -15,7 +15,7 @@ from tracer import figures, posix_aio, probes
 from tracer.budget import Decision
 from tracer.build import Build, load
 from tracer.descriptors import Descriptors
-from tracer.errors import HostError, TargetExited
+from tracer.errors import HostError
 from tracer.events import (
     Alert,
     Attached,
@@ -126,7 +126,6 @@ class Watch:
         self.executable: object = None  # what the session tells executables apart by
         self._view = LiveView(target)
         try:
-            self._entry = self._view.entry_address()
             self._loaded = load(self._view, build)
         except BaseException:
             self._view.close()
@@ -186,7 +185,7 @@ class Watch:
             element = self._build.located.layout.element
             what = parameters_of(self._build, self._settings)
             self._probes = probes.Probes(self.target.pid, file, sites, element, what, programs)
-            self.target.check_alive()
+            self.target.check_memory()
             self._probes.attach()
         self._tids = set(self.target.tids())
         pools = self._reader.find(self._view.heap_chunks())
@@ -324,8 +323,7 @@ class Watch:
         records = self._records()
         if now >= self._next_program_look:
             self._next_program_look = now + PROGRAM_S
-            if self.target.entry_address() != self._entry:
-                raise TargetExited(f"process {self.target.pid} runs another program")
+            self.target.check_memory()
         if self._mode == NONE:
             now = time.monotonic()  # a proof takes its time
         self._resolve(records, now)

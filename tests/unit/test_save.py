@@ -18,7 +18,7 @@ import pytest
 
 from tests.conftest import require
 from tracer.core import CoreView
-from tracer.errors import AioTraceError, HostError
+from tracer.errors import AioTraceError, HostError, TargetExited
 from tracer.lab.process import thread_states, wait_until
 from tracer.live import LiveView
 from tracer.registers import take_registers
@@ -235,3 +235,22 @@ def test_a_process_that_ends_meanwhile_is_an_error(program: Path, tmp_path: Path
         with pytest.raises(AioTraceError):
             save(view, str(tmp_path / "core"))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_of_a_process_that_became_another_program(tmp_path: Path) -> None:
+    """What was opened of it is gone; a core of what is there now would not be of what was looked at."""
+    command = ["sh", "-c", "echo up; read line && exec sleep 60"]
+    child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0)
+    try:
+        assert child.stdin
+        assert child.stdout
+        assert child.stdout.readline() == b"up\n"
+        with closing(LiveView(open_target(child.pid))) as view:
+            child.stdin.write(b"go\n")
+            wait_until(lambda: Path(f"/proc/{child.pid}/comm").read_text() == "sleep\n")
+            with pytest.raises(TargetExited, match="another program"):
+                save(view, str(tmp_path / "core"))
+        assert list(tmp_path.iterdir()) == []
+    finally:
+        child.kill()
+        child.communicate()

@@ -97,6 +97,32 @@ def test_a_pid_used_again(child: subprocess.Popen[bytes]) -> None:
     assert not Target(child.pid, now.start_time - 1, now.exe).alive
 
 
+def test_the_same_program_again(tmp_path: Path) -> None:
+    """An exec: the number, the start time, the file and all addresses are the same, and nothing that was read is."""
+    program = tmp_path / "again"
+    source = tmp_path / "again.c"
+    source.write_text(
+        "#include <stdio.h>\n#include <unistd.h>\n"
+        'int main(int n, char **words) { puts("up"); fflush(stdout); getchar(); return execv(words[0], words); }\n'
+    )
+    subprocess.run(["gcc", "-o", program, source], check=True)
+    command = ["setarch", "--addr-no-randomize", str(program)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1) as process:
+        assert process.stdin
+        assert process.stdout
+        assert process.stdout.readline() == "up\n"
+        target = open_target(process.pid)
+        entry = target.entry_address()
+        target.check_memory()
+        process.stdin.write("\n")
+        assert process.stdout.readline() == "up\n"
+        assert (target.alive, target.entry_address()) == (True, entry)
+        with pytest.raises(TargetExited, match="another program"):
+            target.check_memory()
+        open_target(process.pid).check_memory()
+        process.kill()
+
+
 def test_a_process_of_somebody_else() -> None:
     """Told with what to type instead; process 1 is root's."""
     require(os.geteuid() == 0 or os.stat("/proc/1").st_uid != os.geteuid(), "process 1 is not root's")
