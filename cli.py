@@ -109,6 +109,12 @@ class Streams:
             self._errors = None
             _to_nobody()
 
+    def abandon(self) -> None:
+        """What is not written yet never will be: the end must not wait for somebody who does not read."""
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, self.out_fd)
+        os.close(null)
+
 
 def _to_nobody() -> None:
     """What is left to be said on standard error, and at the end of Python, goes nowhere."""
@@ -461,18 +467,20 @@ def inspect(
         raise click.UsageError("--save needs the name of a file.")
     streams = Streams()
     failure: AioTraceError | None = None
+    files = _Files(save or "")
     try:
         if core is not None:
             found = _inspect_core(core, exe)
         elif save is not None:
-            found, failure = _inspect_and_save(pid or 0, deadline, save, streams.progress)
+            found, failure = _inspect_and_save(pid or 0, deadline, files, streams.progress)
         else:
             found = _inspect_pid(pid or 0, deadline)
         _write_diagnosis(streams, found, as_json, verbose)
         if failure is not None:
             raise failure
     except Interrupted:
-        streams.progress("interrupted; nothing was saved")
+        streams.abandon()
+        streams.progress(f"interrupted; {files.after_an_interruption()}")
         return EXIT_FAILED
     except BrokenPipeError:
         return EXIT_FAILED
@@ -503,8 +511,25 @@ def _diagnosed(view: LiveView, deadline: float) -> Diagnosis:
     return found
 
 
+class _Files:
+    """The core and the report that --save writes: both of them, or none."""
+
+    def __init__(self, core: str) -> None:
+        self.core, self.report = core, f"{core}.json"
+        self.begun = self.whole = False
+
+    def after_an_interruption(self) -> str:
+        """What is there, in words; what is not whole is removed."""
+        if self.whole:
+            return f"{self.core} and {self.report} are saved, and whole"
+        for path in (self.core, self.report) if self.begun else ():
+            with suppress(OSError):
+                os.unlink(path)
+        return "nothing was saved"
+
+
 def _inspect_and_save(
-    pid: int, deadline: float, path: str, progress: Callable[[str], None]
+    pid: int, deadline: float, files: _Files, progress: Callable[[str], None]
 ) -> tuple[Diagnosis, AioTraceError | None]:
     """As _inspect_pid, with a core and the report in files, or why there are none.
 
@@ -516,26 +541,29 @@ def _inspect_and_save(
 
     _unwind_at_signals()
     target = open_target(pid, _retyped(pid))
-    refuse_existing(path, f"{path}.json")
+    refuse_existing(files.core, files.report)
     with _while_it_lives(target), closing(LiveView(target)) as view:
         found = _diagnosed(view, deadline)
         try:
             with _while_it_lives(target):
-                _save(view, found, path, progress)
+                _save(view, found, files, progress)
         except AioTraceError as error:
             return found, error
     return found, None
 
 
-def _save(view: LiveView, found: Diagnosis, path: str, progress: Callable[[str], None]) -> None:
+def _save(view: LiveView, found: Diagnosis, files: _Files, progress: Callable[[str], None]) -> None:
     from tracer.report import json_line
     from tracer.report_inspect import diagnosis_json
-    from tracer.save import save, save_report
+    from tracer.save import refuse_existing, save, save_report
 
-    report = f"{path}.json"
-    saved = save(view, path)
-    save_report(saved, report, json_line(diagnosis_json(found)) + "\n")
-    progress(f"saved {path} ({saved.stored / (1 << 20):.1f} MiB on disk) and {report}")
+    text = json_line(diagnosis_json(found)) + "\n"
+    refuse_existing(files.core, files.report)
+    files.begun = True
+    saved = save(view, files.core)
+    save_report(saved, files.report, text)
+    files.whole = True
+    progress(f"saved {files.core} ({saved.stored / (1 << 20):.1f} MiB on disk) and {files.report}")
     progress(_what_is_inside(saved.left_out))
     progress(f"the process stood still for {saved.stopped_s * 1e3:.1f} ms while its registers were taken")
     if saved.partial:
@@ -700,6 +728,7 @@ def nudge(
             told.failures.append(error)
         _write_all(told.events, streams, as_json, verbose)
     except (BrokenPipeError, Interrupted):
+        streams.abandon()
         return EXIT_FAILED
     except AioTraceError as error:
         told.failures.append(error)

@@ -7,8 +7,10 @@ import os
 import random
 import re
 import shutil
+import signal
 import struct
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, suppress
@@ -18,12 +20,13 @@ import pytest
 
 from tests.conftest import require
 from tests.qemu.cores import HANGS, Json, agree, core_agrees, inspect, main_functions, run
-from tests.qemu.tracing import without_bcc
+from tests.qemu.tracing import PATIENCE_S, ROOT, without_bcc
 from tracer.build import Build, build_of
 from tracer.core import CoreView
 from tracer.errors import AioTraceError
 from tracer.inspect import diagnose
 from tracer.lab import faults
+from tracer.lab.process import wait_until
 from tracer.lab.qemu import Drive, paused
 from tracer.lab.storage import storage
 from tracer.live import LiveView
@@ -153,6 +156,44 @@ def test_held_storage_is_saved_without_waiting_for_it(tmp_path: Path) -> None:
         qemu.wait_until(lambda: not faults.requests_of(qemu, pool))
     found = inspect("--core", str(path))
     assert (json.loads(done.stdout)["verdict"], found["verdict"]) == ("worker-stuck", "worker-stuck")
+
+
+@pytest.mark.parametrize("moment", ["while it is saved", "when it is saved"])
+def test_an_interruption_leaves_both_files_or_none(tmp_path: Path, moment: str) -> None:
+    """And says which. The diagnosis comes last, and here goes to somebody who does not read."""
+    path, report = tmp_path / "saved", tmp_path / "saved.json"
+    command = [sys.executable, str(ROOT / "cli.py"), "inspect", "--save", str(path), "--pid"]
+    with full_pipe() as full, paused() as qemu:
+        process = subprocess.Popen([*command, str(qemu.pid)], stdout=full, stderr=subprocess.PIPE, text=True)
+        with process:
+            assert process.stderr is not None
+            if moment == "while it is saved":
+                wait_until(path.exists)
+            while moment == "when it is saved" and "stood still" not in process.stderr.readline():
+                assert process.poll() is None
+            process.send_signal(signal.SIGINT)
+            said = process.communicate(timeout=PATIENCE_S)[1]
+    there = (path.exists(), report.exists())
+    assert process.returncode == 1
+    assert there in ((True, True), (False, False))
+    assert all(there) or moment == "while it is saved"
+    assert f"interrupted; {path} and {report} are saved" in said if all(there) else "nothing was saved" in said
+
+
+@contextmanager
+def full_pipe() -> Iterator[int]:
+    """What is written to it waits."""
+    reader, writer = os.pipe()
+    try:
+        os.set_blocking(writer, False)
+        with suppress(BlockingIOError):
+            while True:
+                os.write(writer, bytes(1 << 12))
+        os.set_blocking(writer, True)
+        yield writer
+    finally:
+        os.close(reader)
+        os.close(writer)
 
 
 # Broken evidence
