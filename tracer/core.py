@@ -14,15 +14,17 @@ import struct
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
-from tracer.corefile import CoreFile, CoreThread, FileMapping
+from tracer.corefile import LOST_ARGUMENT, CoreFile, CoreThread, FileMapping, system_call
 from tracer.elf import Image
 from tracer.errors import CoreError, FaultError, ImageError, pasted
+from tracer.machine import Machine
 from tracer.memory import CHUNK, LARGEST_ARENA, PAGE, MemoryReader, read_string
-from tracer.target import AT_ENTRY, Region, Thread
-from tracer.unwind import RIP, RSP, Unwinder
+from tracer.target import AT_ENTRY, Region, SystemCall, Thread
+from tracer.unwind import Unwinder
 from tracer.view import Stack
 
 AT_PHDR, AT_PHNUM = 3, 5
@@ -30,9 +32,6 @@ AT_PHDR, AT_PHNUM = 3, 5
 BRK_RANGE = (1 << 30) + (64 << 20)
 #: Arguments and environment are at the end of the main thread's stack; bytes, and how many at most.
 STACK_BOTTOM, MAX_ARGUMENTS = 1 << 20, 4096
-#: DWARF's numbers of user_regs_struct's names.
-_DWARF = {"rax": 0, "rdx": 1, "rcx": 2, "rbx": 3, "rsi": 4, "rdi": 5, "rbp": 6, "rsp": RSP, "rip": RIP}
-_DWARF |= {f"r{number}": number for number in range(8, 16)}
 _PT_LOAD, _PT_DYNAMIC, _PT_NOTE = 1, 2, 4
 _NT_GNU_BUILD_ID = 3
 #: Tags of the dynamic section whose values the loader relocates in place (elf/get-dynamic-info.h of glibc).
@@ -60,6 +59,11 @@ class CoreView:
     def pid(self) -> int:
         """The process, and its main thread."""
         return self.file.pid
+
+    @property
+    def machine(self) -> Machine:
+        """What the core's header says."""
+        return self.file.machine
 
     @property
     def core(self) -> str:
@@ -314,7 +318,7 @@ class CoreView:
         if mapping is not None:
             return Region(start, end, permissions, 1, mapping.path, mapping.offset + start - mapping.start)
         main = self._threads.get(self.pid)
-        if main is not None and start <= main.registers["rsp"] < end:
+        if main is not None and start <= main.registers[self.machine.sp] < end:
             return Region(start, end, permissions, 0, "[stack]")
         return Region(start, end, permissions, 0, "[heap]" if self._is_heap(start, permissions) else "")
 
@@ -379,7 +383,7 @@ class CoreView:
         noted = _member(_member(self._facts, "threads"), str(thread.tid))
         name = noted.get("name")
         state = noted.get("state")
-        call = thread.syscall
+        call = self._system_call(thread, noted)
         return Thread(
             thread.tid,
             name if isinstance(name, str) else self.file.name if thread.tid == self.pid else "",
@@ -388,19 +392,44 @@ class CoreView:
             None,
         )
 
+    def _system_call(self, thread: CoreThread, noted: dict[str, Any]) -> SystemCall | None:
+        """Where the first argument was lost, tracer/save may have noted it."""
+        call = system_call(self.machine, thread.registers, self._instruction)
+        first = noted.get("first_argument")
+        if call is None or call.args[0] != LOST_ARGUMENT or not isinstance(first, int):
+            return call
+        return replace(call, args=(first, *call.args[1:]))
+
+    def _instruction(self, address: int) -> bytes:
+        """Four bytes of code: gcore leaves out what the files have."""
+        try:
+            return self.file.read(address, 4)
+        except FaultError:
+            module = self._stacks.module_at(address)
+            if module is None:
+                raise
+            return module.image.read(address - module.bias, 4)
+
     def stack(self, tid: int) -> Stack:
         """A thread's stack from all its registers."""
         thread = self._threads.get(tid)
         if thread is None:
             return Stack(why_not="the core does not hold that thread")
-        registers = {number: thread.registers[name] for name, number in _DWARF.items()}
-        if _member(_member(self._facts, "threads"), str(tid)).get("partial") is True:
+        registers = {number: thread.registers[name] for name, number in self.machine.dwarf.items()}
+        noted = _member(_member(self._facts, "threads"), str(tid))
+        if noted.get("partial") is True:
             registers = {}  # it could not be stopped when the core was saved
-        return self._stacks.unwind(thread.registers["rip"], thread.registers["rsp"], registers)
+        call = self._system_call(thread, noted)
+        pc = call.pc if call else thread.registers[self.machine.pc]
+        return self._stacks.unwind(pc, thread.registers[self.machine.sp], registers)
 
     def stack_at(self, pc: int, sp: int, others: Mapping[int, int] | None = None) -> Stack:
         """The stack from there on."""
         return self._stacks.unwind(pc, sp, others)
+
+    def stack_above(self, address: int) -> Stack:
+        """The stack from where a return address leads that is saved there."""
+        return self._stacks.unwind_above(address)
 
     def function_at(self, address: int) -> tuple[str, int] | None:
         """(function, offset) by the symbols of the files at hand."""
@@ -409,7 +438,7 @@ class CoreView:
     @property
     def _stacks(self) -> Unwinder:
         if self._unwinder is None:
-            self._unwinder = Unwinder(self, self._open_region)
+            self._unwinder = Unwinder(self, self._open_region, self.machine)
         return self._unwinder
 
     # What only tracer/save notes.

@@ -1,7 +1,7 @@
 """Core files of a process: memory, threads and what the kernel noted beside them.
 
-Knows: ELF64 ET_CORE as the kernel, gdb's gcore and tracer/save write it (x86-64), and how to tell it from
-what else is called a dump. Does not know QEMU's structures. The file is read where it is asked for: a core of
+Knows: ELF64 ET_CORE as the kernel, gdb's gcore and tracer/save write it (x86-64, aarch64), and how to tell it
+from what else is called a dump. Does not know QEMU's structures. The file is read where it is asked for: a core of
 64 GiB costs no more than one of 64 KiB, and one that shrinks meanwhile just ends earlier. A truncated core is
 used as far as it goes; `damage` says what is missing. Nothing is believed of how much there is: each byte of the
 file is part of one segment, and notes have bounds in number and size. What cannot be used at all raises
@@ -15,17 +15,19 @@ import os
 import stat
 import struct
 from bisect import bisect_right
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from functools import cached_property
 from typing import Any, NoReturn
 
-from tracer.errors import CoreError, FaultError, folder_hint, pasted
+from tracer.errors import AioTraceError, CoreError, FaultError, folder_hint, pasted
+from tracer.machine import MACHINES, X86_64, Machine
 from tracer.memory import PAGE
 from tracer.records import dataclass
 from tracer.target import SystemCall, syscall_name
 from tracer.text import read_json
 
-ET_CORE, EM_X86_64 = 4, 62
+ET_CORE = 4
 PT_LOAD, PT_NOTE, PN_XNUM = 1, 4, 0xFFFF
 PF_X, PF_W, PF_R = 1, 2, 4
 AT_NULL = 0
@@ -34,14 +36,12 @@ NT_PRSTATUS, NT_PRPSINFO, NT_AUXV, NT_FILE = 1, 3, 6, 0x46494C45
 OWN_NOTE, NT_FACTS = b"aio-trace", 1
 _NOTES = frozenset({*((b"CORE", kind) for kind in (NT_PRSTATUS, NT_PRPSINFO, NT_AUXV, NT_FILE)), (OWN_NOTE, NT_FACTS)})
 
-#: struct user_regs_struct (sys/user.h) and where it lies in struct elf_prstatus (sys/procfs.h).
-REGISTERS = (
-    *("r15", "r14", "r13", "r12", "rbp", "rbx", "r11", "r10", "r9", "r8", "rax", "rcx", "rdx", "rsi", "rdi"),
-    *("orig_rax", "rip", "cs", "eflags", "rsp", "ss", "fs_base", "gs_base", "ds", "es", "fs", "gs"),
-)
-PRSTATUS_SIZE, PRSTATUS_PID, PRSTATUS_REGISTERS = 336, 32, 112
+#: Where the registers lie in struct elf_prstatus (sys/procfs.h), and what stands behind them.
+PRSTATUS_PID, PRSTATUS_REGISTERS, PRSTATUS_REST = 32, 112, 8
 PRPSINFO_SIZE, PRPSINFO_PID, PRPSINFO_NAME = 136, 24, 40
-SYSCALL_ARGUMENTS = ("rdi", "rsi", "rdx", "r10", "r8", "r9")
+#: The instruction of a system call on aarch64, and what stands for its first argument where the result took its
+#: place: no file descriptor, no address.
+SVC, LOST_ARGUMENT = bytes.fromhex("010000d4"), (1 << 64) - 1
 #: What a system call that a signal, a debugger or the dump itself interrupted returns: EINTR, ENOSYS, ERESTART….
 INTERRUPTED = frozenset({-4, -38, -512, -513, -514, -516})
 
@@ -68,6 +68,7 @@ _PACKED = (
     (b"\x04\x22\x4d\x18", "lz4", "lz4 -d"),
     (b"BZh", "bzip2", "bunzip2 -k"),
 )
+_READ = {machine.elf: machine for machine in MACHINES}
 _TAKE_ONE = "gcore -o qemu.core PID"
 
 
@@ -109,16 +110,42 @@ class CoreThread:
     tid: int
     registers: Mapping[str, int]
 
-    @property
-    def syscall(self) -> SystemCall | None:
-        """The system call it was in, None if it ran in user space or was about to."""
-        number = _signed(self.registers["orig_rax"])
-        if number < 0 or _signed(self.registers["rax"]) not in INTERRUPTED:
-            return None
-        arguments = tuple(self.registers[name] for name in SYSCALL_ARGUMENTS)
-        return SystemCall(
-            number, syscall_name(number, arguments), arguments, self.registers["rsp"], self.registers["rip"]
-        )
+
+def system_call(machine: Machine, registers: Mapping[str, int], code: Callable[[int], bytes]) -> SystemCall | None:
+    """The system call that a thread was in by its registers, None if it ran in user space or was about to.
+
+    `code` gives the instruction of four bytes at an address; it may raise what AioTraceError is the parent of.
+    """
+    found = _of_x86_64(registers) if machine is X86_64 else _of_aarch64(registers, code)
+    if found is None:
+        return None
+    number, arguments, pc = found
+    return SystemCall(number, syscall_name(number, arguments, machine), arguments, registers[machine.sp], pc)
+
+
+_Call = tuple[int, tuple[int, ...], int]  # number, arguments, where the thread goes on
+
+
+def _of_x86_64(registers: Mapping[str, int]) -> _Call | None:
+    number = _signed(registers["orig_rax"])
+    if number < 0 or _signed(registers["rax"]) not in INTERRUPTED:
+        return None
+    arguments = tuple(registers[name] for name in ("rdi", "rsi", "rdx", "r10", "r8", "r9"))
+    return number, arguments, registers["rip"]
+
+
+def _of_aarch64(registers: Mapping[str, int], code: Callable[[int], bytes]) -> _Call | None:
+    """A call that will be made again stands at its instruction, with its arguments; else x0 has its result.
+
+    It goes on behind the instruction, which is where a live thread shows itself.
+    """
+    arguments, pc = tuple(registers[f"x{number}"] for number in range(6)), registers["pc"]
+    with suppress(AioTraceError):
+        if code(pc) == SVC:
+            return registers["x8"], arguments, pc + len(SVC)
+        if code(pc - len(SVC)) == SVC and _signed(registers["x0"]) in INTERRUPTED:
+            return registers["x8"], (LOST_ARGUMENT, *arguments[1:]), pc
+    return None
 
 
 def _signed(value: int) -> int:
@@ -212,7 +239,7 @@ class CoreFile:
             self._refuse(head)
         if len(head) < 64:
             raise CoreError(f"{self.path} ends within its first header", _TAKE_ONE)
-        if (head[4] != 2 or head[18] != EM_X86_64) and b"QEMU\0" in self._data.read(0, _NOTES_AHEAD):
+        if (head[4] != 2 or head[18] not in _READ) and b"QEMU\0" in self._data.read(0, _NOTES_AHEAD):
             raise self._of_the_guest()  # as the guest's CPUs are: of 16 or 32 bits, or of another machine
         if head[4] != 2 or head[5] != 1:
             raise CoreError(f"{self.path} is not a core of a 64-bit little-endian process", _TAKE_ONE)
@@ -222,11 +249,12 @@ class CoreFile:
                 f"{self.path} is a program or library, not a core file",
                 f"aio-trace inspect --core FILE --exe {pasted(self.path)}",
             )
-        if machine != EM_X86_64:
+        if machine not in _READ:
             raise CoreError(
-                f"{self.path} is the core of another machine's process ({machine}); x86-64 is read here",
+                f"{self.path} is the core of another machine's process ({machine}); x86-64 and aarch64 are read here",
                 f"file {pasted(self.path)}",
             )
+        self.machine = _READ[machine]
         if phnum == PN_XNUM and len(count := self._data.read(shoff + 44, 4)) == 4:
             phnum = struct.unpack("<I", count)[0]
         if phentsize != 56 or phnum > _MAX_HEADERS:
@@ -305,15 +333,16 @@ class CoreFile:
 
     def _threads(self, notes: list[bytes]) -> tuple[CoreThread, ...]:
         found: dict[int, CoreThread] = {}
+        names = self.machine.registers
         if len(notes) > _MAX_THREADS:
             self._damage.append(f"the core has {len(notes)} threads, of which {_MAX_THREADS} are looked at")
         for data in notes[:_MAX_THREADS]:
-            if len(data) < PRSTATUS_REGISTERS + 8 * len(REGISTERS):
+            if len(data) < PRSTATUS_REGISTERS + 8 * len(names):
                 self._damage.append("a thread's registers are damaged")
                 continue
             (tid,) = struct.unpack_from("<i", data, PRSTATUS_PID)
-            values = struct.unpack_from(f"<{len(REGISTERS)}Q", data, PRSTATUS_REGISTERS)
-            found.setdefault(tid, CoreThread(tid, dict(zip(REGISTERS, values))))
+            values = struct.unpack_from(f"<{len(names)}Q", data, PRSTATUS_REGISTERS)
+            found.setdefault(tid, CoreThread(tid, dict(zip(names, values))))
         return tuple(found.values())
 
     def _process(self, notes: list[bytes]) -> tuple[int, str]:

@@ -74,9 +74,9 @@ def _stack(view: ProcessView, code: list[Region], opaque: int, entry: int) -> St
     """
     attempts = 0
     for index, word in enumerate(_words_from(view, opaque)):
-        if attempts < MAX_ATTEMPTS and _is_code(code, word):
+        if attempts < MAX_ATTEMPTS and _is_code(code, view.machine.code_address(word)):
             attempts += 1
-            frames = _down_to_entry(view.stack_at(word, opaque + 8 * index + 8).frames, code, entry)
+            frames = _down_to_entry(view.stack_above(opaque + 8 * index).frames, code, entry)
             if frames:
                 return Stack(frames, True)
     return NO_STACK

@@ -13,10 +13,10 @@ import struct
 from collections.abc import Iterable, Iterator, Mapping
 
 from tracer.errors import FaultError, TargetError
+from tracer.machine import X86_64
 from tracer.memory import PAGE
 from tracer.records import dataclass
 from tracer.target import Region
-from tracer.unwind import RBP, RBX, RIP, RSP
 from tracer.view import ProcessView, Stack
 
 #: COROUTINE_STACK_SIZE (include/qemu/coroutine_int.h) and the guard page that qemu_alloc_stack() adds; bytes.
@@ -25,6 +25,7 @@ _SIZE_BYTES = struct.pack("<Q", STACK_SIZE)
 #: Its bytes that are not zero: a search for zeroes would find too much.
 _NEEDLE_AT = next(at for at, byte in enumerate(_SIZE_BYTES) if byte)
 _NEEDLE = _SIZE_BYTES.strip(b"\0")
+RBX, RBP, RSP, RIP = (X86_64.dwarf[name] for name in ("rbx", "rbp", "rsp", "rip"))
 #: stack, stack_size, and the eight words of __jmp_buf: rbx, rbp, r12 to r15, rsp, pc.
 _SAVED = struct.Struct("<10Q")
 _ROTATED = 17

@@ -55,7 +55,7 @@ def find_home(view: ProcessView, context: int, main_context: int | None, worker_
         for thread in view.threads()
         if not re.match(NOT_HOME, thread.name)
         and (main_context is None or thread.tid != view.pid)
-        and _holds(_stack(view, regions, thread), context, worker_code)
+        and _holds(view, _stack(view, regions, thread), context, worker_code)
     ]
     named = [thread for thread in candidates if thread.name.startswith("IO ")]
     for some in (named, candidates):
@@ -66,8 +66,7 @@ def find_home(view: ProcessView, context: int, main_context: int | None, worker_
 
 def is_worker(view: ProcessView, regions: list[Region], thread: Thread, worker_code: range) -> bool:
     """Whether a sleeping thread is inside worker_thread, by a return address on its stack."""
-    words = _words(_stack(view, regions, thread))
-    return any(word in worker_code for word in words)
+    return _returns_into(view, _words(_stack(view, regions, thread)), worker_code)
 
 
 def _stack(view: ProcessView, regions: list[Region], thread: Thread) -> bytes:
@@ -88,9 +87,13 @@ def _words(stack: bytes) -> tuple[int, ...]:
     return struct.unpack(f"<{len(stack) // 8}Q", stack[: len(stack) // 8 * 8])
 
 
-def _holds(stack: bytes, context: int, worker_code: range) -> bool:
+def _holds(view: ProcessView, stack: bytes, context: int, worker_code: range) -> bool:
     words = _words(stack)
-    return context in words and not any(word in worker_code for word in words)
+    return context in words and not _returns_into(view, words, worker_code)
+
+
+def _returns_into(view: ProcessView, words: tuple[int, ...], code: range) -> bool:
+    return any(view.machine.code_address(word) in code for word in words)
 
 
 def parked(thread: Thread) -> bool:

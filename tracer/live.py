@@ -15,6 +15,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from tracer.elf import Image
+from tracer.machine import HOST
 from tracer.memory import LiveMemory
 from tracer.target import Region, Target, Thread
 from tracer.view import Stack
@@ -30,6 +31,7 @@ class LiveView:
     """A running process; see ProcessView."""
 
     core = None
+    machine = HOST
 
     def __init__(self, target: Target) -> None:
         self.target = target
@@ -81,7 +83,7 @@ class LiveView:
                 return Stack(why_not="the thread is gone")
             if before.syscall is None:
                 continue
-            stack = self.stack_at(before.syscall.pc, before.syscall.sp)
+            stack = self._stacks().unwind(before.syscall.pc, before.syscall.sp)
             after = self.target.thread(tid)
             if after is not None and (after.syscall, after.switches) == (before.syscall, before.switches):
                 return stack
@@ -90,6 +92,10 @@ class LiveView:
     def stack_at(self, pc: int, sp: int, others: Mapping[int, int] | None = None) -> Stack:
         """The stack from a program counter and a stack pointer on."""
         return self._stacks().unwind(pc, sp, others)
+
+    def stack_above(self, address: int) -> Stack:
+        """The stack from where a return address leads that is saved there."""
+        return self._stacks().unwind_above(address)
 
     def function_at(self, address: int) -> tuple[str, int] | None:
         """(function, offset) by the symbols of the files that are mapped."""

@@ -163,7 +163,7 @@ class Own:
         for index in range(0, len(words) - 2, 2):
             if words[index] == words[index + 2] == start + index * 8:
                 return True
-        return any(self._is_code(word) for word in words[-_FIRST_FRAME // 8 :])
+        return any(self._is_code(self._view.machine.code_address(word)) for word in words[-_FIRST_FRAME // 8 :])
 
     def _is_code(self, address: int) -> bool:
         return any(

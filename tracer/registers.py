@@ -21,8 +21,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import field
 from typing import Generic, TypeVar
 
-from tracer.corefile import REGISTERS, SYSCALL_ARGUMENTS
 from tracer.errors import HostError, NotPermitted
+from tracer.machine import HOST, X86_64
 from tracer.records import dataclass
 from tracer.target import Target, Thread, ended
 
@@ -32,7 +32,7 @@ WALL = 0x40000000
 #: How long threads are waited for that do not stop; seconds.
 PATIENCE_S = 0.1
 POLL_S = 0.0001
-_FLOATING_SIZE = 512  # struct user_fpregs_struct
+SVC_SIZE = 4  # of the instruction of a system call, aarch64
 
 T = TypeVar("T")
 
@@ -169,11 +169,12 @@ class _Task(Generic[T]):
 
     def _read(self, tid: int, stopped: bool) -> ThreadRegisters:
         if stopped:
-            data = self._register_set(tid, NT_PRSTATUS, 8 * len(REGISTERS))
-            if len(data) == 8 * len(REGISTERS):
+            size = 8 * len(HOST.registers)
+            data = self._register_set(tid, NT_PRSTATUS, size)
+            if len(data) == size:
                 words = [int.from_bytes(data[at : at + 8], "little") for at in range(0, len(data), 8)]
-                floating = self._register_set(tid, NT_PRFPREG, _FLOATING_SIZE)
-                return ThreadRegisters(tid, dict(zip(REGISTERS, words)), floating)
+                floating = self._register_set(tid, NT_PRFPREG, HOST.floating_size)
+                return ThreadRegisters(tid, dict(zip(HOST.registers, words)), floating)
         return _from_proc(tid, self.target.thread(tid))
 
     def _register_set(self, tid: int, kind: int, size: int) -> bytes:
@@ -195,12 +196,16 @@ def _uninterruptible(thread: Thread | None) -> bool:
 
 def _from_proc(tid: int, thread: Thread | None) -> ThreadRegisters:
     """What /proc/PID/task/TID/syscall shows, as registers of a system call that was interrupted."""
-    values = dict.fromkeys(REGISTERS, 0)
+    values = dict.fromkeys(HOST.registers, 0)
     call = thread.syscall if thread else None
-    values["orig_rax"] = (1 << 64) - 1
-    if call is not None:
-        values |= dict(zip(SYSCALL_ARGUMENTS, call.args))
+    if HOST is X86_64:
+        values["orig_rax"] = (1 << 64) - 1
+    if call is not None and HOST is X86_64:
+        values |= dict(zip(("rdi", "rsi", "rdx", "r10", "r8", "r9"), call.args))
         values |= {"orig_rax": call.number, "rax": (1 << 64) - 4, "rip": call.pc, "rsp": call.sp}
+    elif call is not None:  # at its instruction, where one stands that is to be made again
+        values |= {f"x{number}": value for number, value in enumerate(call.args)}
+        values |= {"x8": call.number, "pc": call.pc - SVC_SIZE, "sp": call.sp}
     return ThreadRegisters(tid, values, partial=True)
 
 

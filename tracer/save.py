@@ -36,13 +36,13 @@ from tracer.corefile import (
     PRPSINFO_SIZE,
     PRSTATUS_PID,
     PRSTATUS_REGISTERS,
-    PRSTATUS_SIZE,
+    PRSTATUS_REST,
     PT_LOAD,
     PT_NOTE,
-    REGISTERS,
 )
 from tracer.errors import FaultError, HostError, NotPermitted, pasted
 from tracer.live import LiveView
+from tracer.machine import HOST
 from tracer.memory import CHUNK, PAGE, PAGE_PRESENT_OR_SWAPPED
 from tracer.own import LeftOut, Own
 from tracer.records import dataclass
@@ -56,7 +56,8 @@ GAP = 16
 #: the notes of threads that begin meanwhile.
 STACK_TOP, RED_ZONE = 32 << 10, 128
 SPARE_THREADS = 64
-_NOTE_SIZE = PRSTATUS_SIZE + 512 + 2 * 20
+_PRSTATUS_SIZE = PRSTATUS_REGISTERS + 8 * len(HOST.registers) + PRSTATUS_REST
+_NOTE_SIZE = _PRSTATUS_SIZE + HOST.floating_size + 2 * 20
 MAX_LOADS = 60000
 #: What is left free where the core is written, and how often that is looked at (bytes).
 RESERVE, LOOK_EVERY = 32 << 20, 16 << 20
@@ -164,8 +165,8 @@ def _parts(pid: int, regions: Sequence[Region], own: Own) -> Iterator[_Part]:
     count = 0
     try:
         for region in regions:
-            if region.start >= 1 << 47:
-                continue  # [vsyscall]
+            if region.path == "[vsyscall]":
+                continue  # an address that programs have not
             ranges = own.ranges(region) if count < MAX_LOADS else ()
             parts = list(_parts_of(pagemap, region, ranges))
             count += len(parts)
@@ -347,7 +348,7 @@ def _stack_tops(
 ) -> Iterator[tuple[int, bytes]]:
     """The part of each stack that belongs to the registers."""
     for thread in threads:
-        sp = thread.values["rsp"]
+        sp = thread.values[HOST.sp]
         region = next((region for region in regions if region.start <= sp < region.end), None)
         if region is not None:
             start = max(region.start, sp - RED_ZONE)
@@ -368,7 +369,7 @@ def _overlay(parts: list[_Part], file: _New, address: int, data: bytes) -> None:
 def _headers(parts: Sequence[_Part], notes_at: int, notes_size: int) -> bytes:
     count = len(parts) + 1
     ident = b"\x7fELF\x02\x01\x01" + bytes(9)
-    head = ident + struct.pack("<HHIQQQIHHHHHH", 4, 62, 1, 0, 64, 0, 0, 64, 56, count, 0, 0, 0)
+    head = ident + struct.pack("<HHIQQQIHHHHHH", 4, HOST.elf, 1, 0, 64, 0, 0, 64, 56, count, 0, 0, 0)
     rows = [struct.pack("<IIQQQQQQ", PT_NOTE, 0, notes_at, 0, 0, notes_size, 0, 4)]
     for part in parts:
         row = (PT_LOAD, part.flags, part.offset, part.start, 0, part.present, part.end - part.start, PAGE)
@@ -421,6 +422,7 @@ def _facts(view: LiveView) -> bytes:
         thread.tid: {
             "name": thread.name,
             "state": thread.state,
+            "first_argument": thread.syscall.args[0] if thread.syscall else None,  # its result may take its place
             "asleep_s": view.asleep_s(thread.tid) if thread.syscall else None,
             "kernel_stack": list(view.kernel_stack(thread.tid)) if thread.state == "D" else [],
         }
@@ -462,9 +464,10 @@ def _notes(
 
 
 def _registers_note(thread: ThreadRegisters) -> bytes:
-    data = bytearray(PRSTATUS_SIZE)
+    data = bytearray(_PRSTATUS_SIZE)
     struct.pack_into("<i", data, PRSTATUS_PID, thread.tid)
-    struct.pack_into(f"<{len(REGISTERS)}Q", data, PRSTATUS_REGISTERS, *(thread.values[name] for name in REGISTERS))
-    struct.pack_into("<i", data, PRSTATUS_SIZE - 8, int(bool(thread.floating)))
+    values = [thread.values[name] for name in HOST.registers]
+    struct.pack_into(f"<{len(values)}Q", data, PRSTATUS_REGISTERS, *values)
+    struct.pack_into("<i", data, _PRSTATUS_SIZE - PRSTATUS_REST, int(bool(thread.floating)))
     note = _note(b"CORE", NT_PRSTATUS, bytes(data))
     return note + _note(b"CORE", NT_PRFPREG, thread.floating) if thread.floating else note

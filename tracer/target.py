@@ -17,6 +17,7 @@ from functools import cached_property
 
 from tracer import cgroup
 from tracer.errors import OUT_OF_FILES, HostError, NoSuchProcess, NotPermitted, NotQemu, TargetExited
+from tracer.machine import AARCH64, HOST, X86_64, Machine
 from tracer.records import dataclass
 from tracer.rights import WHOLE_CONTAINER, in_pid_namespace, refusal
 from tracer.text import printable
@@ -52,9 +53,9 @@ _SYSCALLS_GENERIC = {
     287: "pwritev2", 426: "io_uring_enter", 437: "openat2", 441: "epoll_pwait2", 449: "futex_waitv",
 }  # fmt: skip
 
-SYSCALLS = _SYSCALLS_X86_64 if os.uname().machine == "x86_64" else _SYSCALLS_GENERIC
+SYSCALLS = {X86_64.name: _SYSCALLS_X86_64, AARCH64.name: _SYSCALLS_GENERIC}
 
-RESTART_SYSCALL = 219
+RESTART_SYSCALL = {X86_64.name: 219, AARCH64.name: 128}
 _FUTEX_WAIT_BITSET = (0x89, 0x189)
 _MATCH_ANY = 0xFFFFFFFF
 _MAX_POLL_SET = 65536
@@ -71,16 +72,16 @@ FILE_SYSCALLS = frozenset(
 )
 
 
-def syscall_name(number: int, args: Sequence[int]) -> str:
+def syscall_name(number: int, args: Sequence[int], machine: Machine = HOST) -> str:
     """The name of a system call; of one that goes on after a stop, the one that it was."""
-    if number != RESTART_SYSCALL:
-        return SYSCALLS.get(number, f"system call {number}")
+    if number != RESTART_SYSCALL[machine.name]:
+        return SYSCALLS[machine.name].get(number, f"system call {number}")
     # Only these have a restart block, and the registers still hold their arguments.
     if args[1] in _FUTEX_WAIT_BITSET and args[5] & _MATCH_ANY == _MATCH_ANY:
         return "futex"
     if args[0] < PAGE_ZERO:
         return "clock_nanosleep"
-    return "poll" if args[1] < _MAX_POLL_SET else "nanosleep"
+    return "poll" if machine is X86_64 and args[1] < _MAX_POLL_SET else "nanosleep"
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,15 @@
 """Stacks of threads that nobody stops: pc and stack pointer in, frames out.
 
-Knows: the files that are mapped, their call frame information (tracer/eh_frame) and symbols, and what
-the psABI of x86-64 says of registers. A live thread that sleeps shows only its pc and sp; the other
-registers are unknown until a frame tells where it saved them. Where a frame needs one that is unknown,
-the stack is searched for the caller: a return address behind a call, from which the frames lead to the
-thread's beginning. Such a stack is not `complete`, and says so. Does not know QEMU, nor how long the
-memory it reads stays as it is. Other machines than x86-64 are named, not unwound.
+Knows: the files that are mapped, their call frame information (tracer/eh_frame) and symbols, and what calls
+look like on x86-64 and aarch64. A live thread that sleeps shows only its pc and sp; the other registers are
+unknown until a frame tells where it saved them. Where a frame needs one that is unknown, the stack is
+searched for the caller: a return address behind a call, from which the frames lead to the thread's
+beginning. Such a stack is not `complete`, and says so. Does not know QEMU, nor how long the memory it reads
+stays as it is.
+
+On aarch64 a function that calls none (glibc's system calls since 2.41) has its return address in x30 alone. Its
+caller is the one place that calls it and whose own frame, laid at this very stack pointer by its rules, holds a
+return address behind a call of the function that this place is in: that is proof, not a search.
 """
 
 from __future__ import annotations
@@ -28,19 +32,16 @@ from tracer.eh_frame import (
     FrameError,
     FrameTable,
     Row,
+    Rule,
     evaluate,
 )
 from tracer.elf import Image
 from tracer.errors import AioTraceError, FaultError, ImageError
+from tracer.machine import HOST, X86_64, Machine
 from tracer.memory import PAGE, MemoryReader
 from tracer.records import dataclass
 from tracer.target import Region
 from tracer.view import Frame, Stack
-
-# DWARF's numbers of registers, x86-64 psABI, figure 3.36.
-RAX, RDX, RCX, RBX, RSI, RDI, RBP, RSP = range(8)
-RIP = 16
-_PRESERVED = (RBX, RBP, 12, 13, 14, 15)
 
 MAX_NAMES = 4096
 MAX_FRAMES = 256
@@ -48,6 +49,8 @@ MAX_FRAMES = 256
 SCAN_SIZE = 64 << 10
 MAX_CANDIDATES = 64
 MAX_SCANS = 4
+#: The frame of what calls a system call is no larger; bytes.
+LEAF_CALLER_SIZE = 1024
 _LARGEST_VDSO = 1 << 20
 
 Registers = Mapping[int, int]  # by DWARF's numbers; one that is not in it is unknown
@@ -106,8 +109,12 @@ class _Outermost(Exception):
 class Unwinder:
     """Unwinds stacks of one process; files and rules are kept, memory is not. Close it."""
 
-    def __init__(self, process: Mapped, open_file: Callable[[Region], Image] | None = None) -> None:
+    def __init__(
+        self, process: Mapped, open_file: Callable[[Region], Image] | None = None, machine: Machine = HOST
+    ) -> None:
         self._process = process
+        self._machine = machine
+        self._pc, self._sp = machine.dwarf[machine.pc], machine.dwarf[machine.sp]
         self._memory = process.memory
         self._open_file = open_file or self._open_live
         self._regions: list[Region] | None = None
@@ -166,7 +173,21 @@ class Unwinder:
         if self._region_at(pc) is None or self._region_at(sp) is None:
             self._regions = None  # mappings come and go
             self._names = {}
-        first = _Step({**(registers or {}), RIP: pc, RSP: sp}, pc)
+        return self._from(_Step({**(registers or {}), self._pc: pc, self._sp: sp}, pc))
+
+    def unwind_above(self, address: int) -> Stack:
+        """The stack from the function on that the return address saved at `address` leads back into."""
+        if self._region_at(address) is None:
+            self._regions = None
+            self._names = {}
+        # On x86-64 a frame pointer stands there only where a function has one.
+        lowest = address if self._machine is X86_64 else 0
+        try:
+            return self._from(self._saved_at(address, lowest))
+        except FaultError as error:
+            return Stack(why_not=error.message)
+
+    def _from(self, first: _Step) -> Stack:
         steps, why = self._walk([first])
         for _ in range(MAX_SCANS):
             if why is None or len(steps) >= MAX_FRAMES:
@@ -175,7 +196,7 @@ class Unwinder:
             if not found:
                 break
             steps, why = self._walk([*steps, *found])
-        frames = tuple(self._named(step.registers[RIP], step.lookup) for step in steps)
+        frames = tuple(self._named(step.registers[self._pc], step.lookup) for step in steps)
         return self._stack(frames, steps, why)
 
     def _stack(self, frames: tuple[Frame, ...], steps: list[_Step], why: str | None) -> Stack:
@@ -204,26 +225,35 @@ class Unwinder:
         row = self._row(step.lookup)
         registers = step.registers
         cfa = self._cfa(row, registers)
-        caller = {
-            number: value
-            for number in (*_PRESERVED, *row.registers)
-            if (value := self._restored(row.registers.get(number, (SAME, 0)), number, cfa, registers)) is not None
-        }
-        if row.registers.get(row.return_register, (UNDEFINED, 0))[0] == UNDEFINED:
+        rule = self._return_rule(row)
+        if rule[0] == UNDEFINED:
             raise _Outermost
-        pc = caller.pop(row.return_register, None)
+        pc = self._restored(rule, row.return_register, cfa, registers)
         if pc is None:
             raise _NeedsRegister
         if not pc:
             raise _Outermost
-        if RSP not in row.registers:
-            caller[RSP] = cfa
-        sp = caller.get(RSP)
-        # Stacks grow down: a caller that is not above leads round in circles. Signal handlers may change stacks.
-        if sp is None or (sp <= registers[RSP] and not row.signal_frame):
-            raise FrameError(f"the frame at {registers[RIP]:#x} does not lead upwards")
-        caller[RIP] = pc
+        caller = {
+            number: value
+            for number in (*self._machine.preserved, *row.registers)
+            if (value := self._restored(row.registers.get(number, (SAME, 0)), number, cfa, registers)) is not None
+        }
+        caller.pop(row.return_register, None)
+        if self._sp not in row.registers:
+            caller[self._sp] = cfa
+        sp = caller.get(self._sp)
+        # Stacks grow down: a caller that is not above leads round in circles. Signal handlers may change stacks,
+        # and a function that saves nothing has no stack of its own.
+        lowest = registers[self._sp] + (rule[0] != SAME)
+        if sp is None or (sp < lowest and not row.signal_frame):
+            raise FrameError(f"the frame at {registers[self._pc]:#x} does not lead upwards")
+        pc = caller[self._pc] = self._machine.code_address(pc)
         return _Step(caller, pc if row.signal_frame else pc - 1)
+
+    def _return_rule(self, row: Row) -> Rule:
+        """Where the return address is; where no rule tells, it is still in its register, if that is not the pc."""
+        other = (UNDEFINED, 0) if row.return_register == self._pc else (SAME, 0)
+        return row.registers.get(row.return_register, other)
 
     def _row(self, lookup: int) -> Row:
         region = self._region_at(lookup)
@@ -271,6 +301,8 @@ class Unwinder:
 
         The first from which the rules lead to the thread's beginning; else the one that leads farthest.
         """
+        if caller := self._caller_of_leaf(step):
+            return [caller]
         best: list[_Step] = []
         for candidate in self._candidates(step):
             steps, why = self._walk([candidate])
@@ -285,26 +317,96 @@ class Unwinder:
         start = self._start(step.lookup)
         likely: list[_Step] = []
         possible: list[_Step] = []
-        sp = step.registers[RSP]
+        sp = step.registers[self._sp]
         for address, word in self._stack_words(sp):
-            target = self._called_before(word)
+            target = self._called_before(self._machine.code_address(word))
             if target is not None:
-                # gcc saves a frame pointer right below the return address.
-                registers = {RIP: word, RSP: address + 8}
-                if address - 8 >= sp:
-                    registers |= self._saved_frame_pointer(address - 8)
-                (likely if target == start else possible).append(_Step(registers, word - 1, scanned=True))
+                (likely if target == start else possible).append(self._saved_at(address, sp))
             if len(likely) + len(possible) >= MAX_CANDIDATES:
                 break
         yield from likely
         yield from possible
+
+    def _saved_at(self, address: int, sp: int = 0) -> _Step:
+        """What a return address saved at `address` leads back into; FaultError.
+
+        gcc saves a frame pointer right below it, which is used unless it is below `sp`.
+        """
+        pc = self._machine.code_address(self._word(address))
+        registers = {self._pc: pc, self._sp: address + 8}
+        if address - 8 >= sp:
+            registers |= self._saved_frame_pointer(address - 8)
+        if self._machine is not X86_64:
+            registers |= self._by_frame_pointer(pc, registers)
+        return _Step(registers, pc - 1, scanned=True)
 
     def _saved_frame_pointer(self, address: int) -> dict[int, int]:
         try:
             value = self._word(address)
         except FaultError:
             return {}
-        return {RBP: value} if address < value < address + SCAN_SIZE else {}
+        return {self._machine.frame_pointer: value} if address < value < address + SCAN_SIZE else {}
+
+    def _by_frame_pointer(self, pc: int, registers: Registers) -> dict[int, int]:
+        """The stack pointer of a function whose frame pointer is known.
+
+        Return addresses are not next to their caller's frame here, but the frame pointer points to where the
+        function saved its caller's, and its rules say where that is in its frame.
+        """
+        frame = registers.get(self._machine.frame_pointer)
+        try:
+            row = self._row(pc - 1)
+        except FrameError:
+            return {}
+        kind, offset = row.registers.get(self._machine.frame_pointer, (UNDEFINED, 0))
+        if frame is None or kind != OFFSET or isinstance(offset, bytes) or isinstance(row.cfa, bytes):
+            return {}
+        register, size = row.cfa
+        return {self._sp: frame - offset - size & MASK} if register == self._sp else {}
+
+    def _caller_of_leaf(self, step: _Step) -> _Step | None:
+        """The caller of a function whose return address is in a register only, where it proves itself alone."""
+        sp, start = step.registers[self._sp], self._start(step.lookup)
+        try:
+            row = self._row(step.lookup)
+        except FrameError:
+            return None
+        if start is None or row.cfa != (self._sp, 0) or self._return_rule(row)[0] != SAME:
+            return None
+        found: list[_Step] = []
+        for address, word in self._stack_words(sp):
+            if address > sp + LEAF_CALLER_SIZE:
+                break
+            function = self._called_before(self._machine.code_address(word))
+            if function:
+                sites = self._calls(function, start, {**step.registers, self._machine.frame_pointer: address - 8})
+                found += (site for site in sites if self._returns_by(site) == address)
+        return found[0] if len(found) == 1 else None
+
+    def _calls(self, function: int, callee: int, registers: Registers) -> Iterator[_Step]:
+        """Where the function at `function` calls `callee`; `registers` are those that are known then, but the pc."""
+        module, other = self.module_at(function), self.module_at(callee)
+        if module is None or other is None:
+            return
+        name = other.name_of(callee - other.bias)
+        try:
+            bounds = module.image.bounds(function - module.bias)
+            code = module.image.read(bounds.start, bounds.end - bounds.start) if bounds else b""
+            for at in range(4, len(code) + 1, 4):
+                target = _branch_with_link(code[at - 4 : at], function + at - 4)
+                if target == callee or (target and name and module.image.plt_name(target - module.bias) == name):
+                    yield _Step({**registers, self._pc: function + at}, function + at - 1)
+        except ImageError:
+            return
+
+    def _returns_by(self, step: _Step) -> int | None:
+        """Where a function saved its return address, by its rules."""
+        try:
+            row = self._row(step.lookup)
+            kind, offset = self._return_rule(row)
+            return self._cfa(row, step.registers) + offset if kind == OFFSET and isinstance(offset, int) else None
+        except (AioTraceError, _NeedsRegister):
+            return None
 
     def _stack_words(self, sp: int) -> Iterator[tuple[int, int]]:
         """(address, word) where a return address may be: the stack is aligned to 16 bytes before a call."""
@@ -331,8 +433,11 @@ class Unwinder:
             code = module.image.read(address - module.bias - 7, 7)
         except ImageError:
             return None
+        if self._machine is not X86_64:
+            target = None if address % 4 else _branch_with_link(code[3:], address - 4)
+            return target if not target or self.module_at(target) is not None else None
         if code[2] == 0xE8:
-            target: int = address + struct.unpack_from("<i", code, 3)[0] & MASK
+            target = address + int.from_bytes(code[3:], "little", signed=True) & MASK
             if self.module_at(target) is not None:
                 return target
         return 0 if _is_indirect_call(code) else None
@@ -372,8 +477,8 @@ class Unwinder:
             image = self._image(region)
         except (AioTraceError, OSError, ValueError) as error:
             return f"the code of {region.path} is not at hand: {error}"
-        if image.machine != "x86_64":
-            return f"stacks of {image.machine} are not unwound"
+        if image.machine != self._machine.name:
+            return f"{region.path} is for {image.machine}"
         bias = load_bias(image, region)
         if bias is None:
             return f"{region.path} is not the file that was mapped"
@@ -422,6 +527,17 @@ def image_in_memory(memory: MemoryReader, region: Region) -> Image:
     data = mmap.mmap(-1, region.size)
     data.write(memory.read(region.start, region.size))
     return Image(region.path, data)
+
+
+def _branch_with_link(code: bytes, address: int) -> int | None:
+    """What a call of A64, four bytes at `address`, calls; 0 where a register tells, None where it is no call."""
+    word = int.from_bytes(code, "little")
+    if word & 0xFC000000 == 0x94000000:  # bl
+        offset = (word & 0x3FFFFFF) - ((word & 0x2000000) << 1)
+        return address + 4 * offset & MASK
+    if word & 0xFEFFF000 == 0xD63F0000:  # blr, blraa and its relatives
+        return 0
+    return None
 
 
 def _is_indirect_call(code: bytes) -> bool:

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping
 from typing import Protocol
 
 from tracer.elf import Image
+from tracer.machine import Machine
 from tracer.memory import MemoryReader
 from tracer.records import dataclass
 from tracer.target import Region, Thread
@@ -49,6 +50,11 @@ class ProcessView(Protocol):
     @property
     def pid(self) -> int:
         """The process, and its main thread."""
+        ...
+
+    @property
+    def machine(self) -> Machine:
+        """The kind of processor that it ran on."""
         ...
 
     @property
@@ -96,6 +102,13 @@ class ProcessView(Protocol):
 
     def stack_at(self, pc: int, sp: int, others: Mapping[int, int] | None = None) -> Stack:
         """The stack from there on; `others` are registers that are known besides, by DWARF's numbers."""
+        ...
+
+    def stack_above(self, address: int) -> Stack:
+        """The stack from the function on that the return address saved at `address` leads back into.
+
+        Used for the stacks of coroutines that wait.
+        """
         ...
 
     def function_at(self, address: int) -> tuple[str, int] | None:

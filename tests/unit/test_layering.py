@@ -25,6 +25,7 @@ STAGES: tuple[tuple[str, ...], ...] = (
     ("tracer.kernel",),
     ("tracer.rights", "tracer.cgroup", "tracer.hit_cost", "tracer.layout", "tracer.known_bugs", "tracer.budget"),
     ("tracer.trial", "tracer.maps", "tracer.compiler"),
+    ("tracer.machine",),
     ("tracer.target", "tracer.elf"),
     ("tracer.debug_files", "tracer.executable"),
     ("tracer.sites", "tracer.eh_frame"),

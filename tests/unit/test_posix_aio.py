@@ -9,6 +9,7 @@ import pytest
 
 from tracer.coroutine import read_waiter
 from tracer.errors import FaultError
+from tracer.machine import HOST
 from tracer.posix_aio import SINCE_4_0, UP_TO_3_1, Operation, Order, order_of, read_node, read_operation
 from tracer.target import Region
 from tracer.view import Frame, ProcessView, Stack
@@ -34,6 +35,7 @@ class View:
     """As much of a process as is asked for here."""
 
     def __init__(self, pieces: dict[int, bytes], files: dict[int, str] | None, function: str | None = None) -> None:
+        self.machine = HOST
         self.memory = Memory(pieces)
         self._files = files
         self._function = function
@@ -48,7 +50,8 @@ class View:
     def function_at(self, address: int) -> tuple[str, int] | None:
         return (self._function, 0) if self._function else None
 
-    def stack_at(self, pc: int, sp: int) -> Stack:
+    def stack_above(self, address: int) -> Stack:
+        pc = int.from_bytes(self.memory.read(address, 8), "little")
         return Stack(self.stacks.get(pc, ()), False, "ends in __start_context")
 
 

@@ -11,6 +11,7 @@ named, unattached one lets `x-blockdev-set-iothread` move the drive to an iothre
 from __future__ import annotations
 
 import contextlib
+import platform
 import re
 import shutil
 import subprocess
@@ -28,7 +29,8 @@ from tracer.lab.monitor import LabMonitor
 from tracer.lab.nbd import NbdClient
 from tracer.lab.process import wait_until
 
-SYSTEM = "qemu-system-x86_64"
+#: The system emulator of this very machine: `-machine none` and the monitor are the same in all.
+SYSTEM = f"qemu-system-{platform.machine()}"
 STORAGE_DAEMON = "qemu-storage-daemon"
 MIB = 1 << 20
 
