@@ -2,21 +2,25 @@
 
 Knows: CoroutineUContext (util/coroutine-ucontext.c): `Coroutine base; void *stack; size_t stack_size;
 sigjmp_buf env`, on the heap; that a coroutine's stack is 1 MiB with a guard page below it; and how glibc keeps
-registers in a jmp_buf on x86-64 (sysdeps/x86_64/jmpbuf-offsets.h): rsp, rbp and pc are xored with the pointer
-guard of the thread's control block and rotated by 17 bits. A guard is believed where the pc it yields is code and
-the stack pointer lies on the coroutine's own stack. Does not know what a coroutine's functions mean.
+registers in a jmp_buf (jmpbuf-offsets.h of sysdeps/x86_64 and sysdeps/aarch64): stack pointer and pc, on x86-64
+also rbp, are xored with a guard, which is in each thread's control block on x86-64 and hidden on aarch64; but the
+pc is known to be where qemu_coroutine_switch called sigsetjmp. A guard is believed where the pc it yields is code
+and the stack pointer lies on the coroutine's own stack. Does not know what a coroutine's functions mean.
 """
 
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
 
-from tracer.errors import FaultError, TargetError
-from tracer.machine import X86_64
+from tracer.elf import Image
+from tracer.errors import AioTraceError, FaultError, TargetError
+from tracer.machine import AARCH64, X86_64, Machine
 from tracer.memory import PAGE
 from tracer.records import dataclass
 from tracer.target import Region
+from tracer.unwind import branch_with_link
 from tracer.view import ProcessView, Stack
 
 #: COROUTINE_STACK_SIZE (include/qemu/coroutine_int.h) and the guard page that qemu_alloc_stack() adds; bytes.
@@ -25,10 +29,8 @@ _SIZE_BYTES = struct.pack("<Q", STACK_SIZE)
 #: Its bytes that are not zero: a search for zeroes would find too much.
 _NEEDLE_AT = next(at for at, byte in enumerate(_SIZE_BYTES) if byte)
 _NEEDLE = _SIZE_BYTES.strip(b"\0")
-RBX, RBP, RSP, RIP = (X86_64.dwarf[name] for name in ("rbx", "rbp", "rsp", "rip"))
-#: stack, stack_size, and the eight words of __jmp_buf: rbx, rbp, r12 to r15, rsp, pc.
-_SAVED = struct.Struct("<10Q")
-_ROTATED = 17
+#: What suspends a coroutine.
+_SWITCH = "qemu_coroutine_switch"
 _WORD = (1 << 64) - 1
 #: fs:0x30, tcbhead_t.pointer_guard of glibc's sysdeps/x86_64/nptl/tls.h; bytes.
 _POINTER_GUARD = 0x30
@@ -38,6 +40,46 @@ _TLS_SIZE = 64 << 10
 _LARGEST_STACK = 64 << 10
 #: More coroutines than QEMU makes; a bound for damaged memory.
 MOST = 65536
+
+
+@dataclass(frozen=True)
+class _JumpBuffer:
+    """__jmp_buf of a machine: the registers in its words, those that are hidden, by how many bits they are rotated."""
+
+    machine: Machine
+    words: tuple[str, ...]  # "" is something else
+    hidden: frozenset[str]
+    rotated: int
+
+    @property
+    def saved(self) -> struct.Struct:
+        """stack, stack_size and the words."""
+        return struct.Struct(f"<{2 + len(self.words)}Q")
+
+    def registers(self, words: Sequence[int], guard: int) -> dict[str, int]:
+        """What the words hold, by name."""
+        found = {name: word for name, word in zip(self.words, words) if name}
+        return {name: self.plain(word) ^ guard if name in self.hidden else word for name, word in found.items()}
+
+    def plain(self, mangled: int) -> int:
+        """A hidden word, still xored with the guard."""
+        return (mangled >> self.rotated | mangled << 64 - self.rotated) & _WORD
+
+
+_JUMP_BUFFERS = {
+    X86_64.name: _JumpBuffer(
+        X86_64,
+        ("rbx", "rbp", "r12", "r13", "r14", "r15", "rsp", "rip"),
+        frozenset({"rbp", "rsp", "rip"}),
+        17,
+    ),
+    AARCH64.name: _JumpBuffer(
+        AARCH64,
+        (*(f"x{number}" for number in range(19, 30)), "pc", "", "sp"),
+        frozenset({"pc", "sp"}),
+        0,
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -59,7 +101,9 @@ class Coroutines:
         self._view = view
         self._places: list[int] = []
         self._guard: int | None = None
-        self.why_not = None if machine == "x86_64" else f"coroutines of {machine} are not read"
+        self._buffer = _JUMP_BUFFERS[machine]
+        self._pc, self._sp = (view.machine.dwarf[name] for name in (view.machine.pc, view.machine.sp))
+        self.why_not: str | None = None
 
     def passing(self, chunks: Iterable[tuple[int, bytes]]) -> Iterator[tuple[int, bytes]]:
         """The same chunks of malloc's memory, looked through on their way for what may be a CoroutineUContext."""
@@ -89,7 +133,7 @@ class Coroutines:
                 continue
             registers = self._registers(saved, regions, code)
             if registers is not None:
-                found[place] = Suspended(place, registers, self._stack_bytes(registers[RSP], saved[0]))
+                found[place] = Suspended(place, registers, self._stack_bytes(registers[self._sp], saved[0]))
         if (
             stacks
             and not found
@@ -101,12 +145,13 @@ class Coroutines:
 
     def stack(self, coroutine: Suspended) -> Stack:
         """Its frames, innermost first, down to coroutine_trampoline."""
-        others = {number: value for number, value in coroutine.registers.items() if number not in (RIP, RSP)}
-        return self._view.stack_at(coroutine.registers[RIP], coroutine.registers[RSP], others)
+        others = dict(coroutine.registers)
+        return self._view.stack_at(others.pop(self._pc), others.pop(self._sp), others)
 
     def _saved(self, place: int) -> tuple[int, ...] | None:
         try:
-            return _SAVED.unpack(self._view.memory.read(place, _SAVED.size))
+            saved = self._buffer.saved
+            return saved.unpack(self._view.memory.read(place, saved.size))
         except FaultError:
             return None
 
@@ -116,13 +161,30 @@ class Coroutines:
 
     def _registers(self, saved: tuple[int, ...], regions: list[Region], code: list[Region]) -> dict[int, int] | None:
         """The registers that `saved` holds, or None where they do not prove themselves."""
-        guards = self._guards(regions) if self._guard is None else [self._guard]
-        for guard in guards:
-            rbp, sp, pc = (_plain(saved[at], guard) for at in (3, 8, 9))
+        machine = self._buffer.machine
+        for guard in self._possible_guards(saved, regions) if self._guard is None else [self._guard]:
+            found = self._buffer.registers(saved[2:], guard)
+            sp, pc = found[machine.sp], found[machine.pc]
             if saved[0] + PAGE <= sp < saved[0] + STACK_SIZE and any(r.start <= pc < r.end for r in code):
                 self._guard = guard
-                return {RBX: saved[2], RBP: rbp, **dict(enumerate(saved[4:8], 12)), RSP: sp, RIP: pc}
+                return {machine.dwarf[name]: value for name, value in found.items()}
         return None
+
+    def _possible_guards(self, saved: tuple[int, ...], regions: list[Region]) -> list[int]:
+        if self._buffer.machine is X86_64:
+            return self._guards(regions)
+        hidden = self._buffer.plain(saved[2 + self._buffer.words.index(self._buffer.machine.pc)])
+        return [hidden ^ address for address in self._switch_addresses]
+
+    @cached_property
+    def _switch_addresses(self) -> tuple[int, ...]:
+        """Where sigsetjmp returns to in qemu_coroutine_switch; none where that is not exported."""
+        try:
+            with self._view.open_image() as image:
+                bias = self._view.entry_address() - image.entry
+                return tuple(address + bias for address in _behind_setjmp(image))
+        except AioTraceError:
+            return ()
 
     def _stack_bytes(self, sp: int, stack: int) -> bytes:
         size = min(stack + STACK_SIZE - sp, _LARGEST_STACK)
@@ -152,9 +214,13 @@ class Coroutines:
                 yield words[at + _POINTER_GUARD // 8]
 
 
-def _plain(mangled: int, guard: int) -> int:
-    """A register as glibc's PTR_DEMANGLE gives it back."""
-    return ((mangled >> _ROTATED | mangled << 64 - _ROTATED) & _WORD) ^ guard
+def _behind_setjmp(image: Image) -> Iterator[int]:
+    symbol = image.symbol(_SWITCH)
+    bounds = image.bounds(symbol.address) if symbol else None
+    for at in range(bounds.start, bounds.end, 4) if bounds else ():
+        target = branch_with_link(image.read(at, 4), at)
+        if target and "setjmp" in (image.plt_name(target) or ""):
+            yield at + 4
 
 
 def _stacks(regions: list[Region]) -> set[int]:

@@ -393,7 +393,7 @@ class Unwinder:
             bounds = module.image.bounds(function - module.bias)
             code = module.image.read(bounds.start, bounds.end - bounds.start) if bounds else b""
             for at in range(4, len(code) + 1, 4):
-                target = _branch_with_link(code[at - 4 : at], function + at - 4)
+                target = branch_with_link(code[at - 4 : at], function + at - 4)
                 if target == callee or (target and name and module.image.plt_name(target - module.bias) == name):
                     yield _Step({**registers, self._pc: function + at}, function + at - 1)
         except ImageError:
@@ -434,7 +434,7 @@ class Unwinder:
         except ImageError:
             return None
         if self._machine is not X86_64:
-            target = None if address % 4 else _branch_with_link(code[3:], address - 4)
+            target = None if address % 4 else branch_with_link(code[3:], address - 4)
             return target if not target or self.module_at(target) is not None else None
         if code[2] == 0xE8:
             target = address + int.from_bytes(code[3:], "little", signed=True) & MASK
@@ -529,7 +529,7 @@ def image_in_memory(memory: MemoryReader, region: Region) -> Image:
     return Image(region.path, data)
 
 
-def _branch_with_link(code: bytes, address: int) -> int | None:
+def branch_with_link(code: bytes, address: int) -> int | None:
     """What a call of A64, four bytes at `address`, calls; 0 where a register tells, None where it is no call."""
     word = int.from_bytes(code, "little")
     if word & 0xFC000000 == 0x94000000:  # bl

@@ -14,6 +14,7 @@ import subprocess
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
+from typing import cast
 
 import pytest
 
@@ -30,11 +31,15 @@ from tracer.corefile import (
     PT_LOAD,
     PT_NOTE,
 )
+from tracer.coroutines import STACK_SIZE as STACK_AND_GUARD
+from tracer.coroutines import Coroutines
 from tracer.eh_frame import OFFSET, UNDEFINED, FrameTable
 from tracer.elf import Image
+from tracer.errors import FaultError
 from tracer.machine import AARCH64
 from tracer.memory import PAGE
-from tracer.target import AT_ENTRY
+from tracer.target import AT_ENTRY, Region
+from tracer.view import ProcessView, Stack
 
 # As glibc 2.41 has it: the function with the system call saves nothing, its caller calls it at one place.
 SOURCE = r"""
@@ -61,14 +66,16 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build(tmp_path_factory.mktemp("aarch64"), SOURCE)
 
 
-def build(folder: Path, text: str) -> Path:
+def build(folder: Path, text: str, *options: str) -> Path:
     for tool in ("clang", "ld.lld"):
         require(shutil.which(tool), f"{tool} is not installed")
     source, binary = folder / "sleeper.c", folder / "sleeper"
     source.write_text(text)
     command = ["clang", "--target=aarch64-linux-gnu", "-O2", "-fasynchronous-unwind-tables", "-fno-omit-frame-pointer"]
-    command += ["-mbranch-protection=standard", "-ffreestanding", "-nostdlib", "-static", "-fuse-ld=lld"]
-    subprocess.run([*command, "-Wl,--build-id,--eh-frame-hdr", "-o", binary, source], check=True)
+    command += ["-mbranch-protection=standard", "-ffreestanding", "-nostdlib", "-fuse-ld=lld"]
+    subprocess.run(
+        [*command, *(options or ["-static"]), "-Wl,--build-id,--eh-frame-hdr", "-o", binary, source], check=True
+    )
     return binary
 
 
@@ -218,3 +225,70 @@ def test_the_system_call(
         behind = view.file.threads[0].registers["pc"] + 4 - registers.get("pc", 0)
     assert (thread.syscall and (thread.syscall.name, thread.syscall.args[0])) == expected
     assert (thread.syscall and thread.syscall.pc) == (behind if expected else None)
+
+
+# Coroutines: registers in a jmp_buf, two of which are hidden by a guard that is nowhere to be read.
+
+SWITCH = r"""
+int __sigsetjmp(void *, int);
+void other(void *);
+int qemu_coroutine_switch(void *env) { other(env); if (!__sigsetjmp(env, 0)) other(env); return 1; }
+"""
+HEAP, ROOM, GUARD, BIAS = 0xAAAA00000000, 0xFFFF80000000, 0x5EED5EED5EED5E00, 0xAAAA10000000
+
+
+class Process:
+    """As much of a process as the search for coroutines asks for."""
+
+    machine = AARCH64
+
+    def __init__(self, library: Path, pieces: dict[int, bytes]) -> None:
+        self.library, self.pieces, self.memory = library, pieces, self
+        self.asked: list[tuple[int, int, dict[int, int]]] = []
+
+    def read(self, address: int, size: int) -> bytes:
+        for start, data in self.pieces.items():
+            if start <= address and address + size <= start + len(data):
+                return data[address - start : address - start + size]
+        raise FaultError(address, size)
+
+    def regions(self) -> list[Region]:
+        return [
+            Region(BIAS, BIAS + (1 << 20), "r-xp", 1, "/qemu"),
+            Region(ROOM, ROOM + PAGE, "---p", 0, ""),
+            Region(ROOM + PAGE, ROOM + STACK_AND_GUARD, "rw-p", 0, ""),
+        ]
+
+    def open_image(self) -> Image:
+        return Image.open(self.library)
+
+    def entry_address(self) -> int:
+        with self.open_image() as image:
+            return image.entry + BIAS
+
+    def stack_at(self, pc: int, sp: int, others: dict[int, int]) -> Stack:
+        self.asked.append((pc, sp, others))
+        return Stack()
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build(tmp_path_factory.mktemp("switch"), SWITCH, "-shared", "-fPIC")
+
+
+@pytest.mark.parametrize("away", [0, 64], ids=["on its stack", "on no stack of its own"])
+def test_a_coroutine_is_found_where_it_was_suspended(library: Path, away: int) -> None:
+    with Image.open(library) as image:
+        start, words = code_of(image, "qemu_coroutine_switch")
+    (_, at, _) = (at for at, word in enumerate(words) if word & 0xFC000000 == 0x94000000)
+    pc, sp = start + 4 * at + 4 + BIAS, ROOM + STACK_AND_GUARD - 512 + 16 * away
+    saved = [*range(19, 30), pc ^ GUARD, 0, sp ^ GUARD]
+    heap = struct.pack("<40x16Q", ROOM, STACK_AND_GUARD, *saved)
+    process = Process(library, {HEAP: heap, ROOM + PAGE: bytes(STACK_AND_GUARD - PAGE)})
+    coroutines = Coroutines(cast(ProcessView, process), "aarch64")
+    assert list(coroutines.passing([(HEAP, heap)])) == [(HEAP, heap)]
+    found = coroutines.suspended()
+    assert list(found) == ([] if away else [HEAP + 40])
+    for suspended in found.values():
+        coroutines.stack(suspended)
+        assert process.asked == [(pc, sp, {number: number for number in range(19, 30)})]
