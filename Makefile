@@ -11,6 +11,7 @@ PACKAGES_DEMO := $(PACKAGES_RUN) qemu-system-x86 qemu-utils busybox-static elfut
 PACKAGES_TEST := $(PACKAGES_DEMO) gcc libc6-dev clang lld
 PACKAGES_MATRIX := $(PACKAGES_TEST) debootstrap
 PACKAGES_KERNELS := $(PACKAGES_MATRIX) e2fsprogs
+PACKAGES_ARM64 := $(PACKAGES_KERNELS) qemu-system-arm
 PACKAGES_BENCH := $(PACKAGES_TEST) bpftrace bpfcc-tools linux-perf strace
 
 RINGS := tests/unit tests/kernel tests/qemu
@@ -45,7 +46,7 @@ else
 
 .PHONY: help
 help: ## Print this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 .PHONY: install
 install: packages-run $(VENV)/.installed ## Install into .venv: .venv/bin/aio-trace
@@ -64,10 +65,14 @@ test-matrix: root packages-matrix $(VENV)/.dev ## Live tests on the QEMUs of oth
 
 .PHONY: test-kernels
 test-kernels: root packages-kernels $(VENV)/.dev ## Other Debian releases booted with their own kernels, each tried whole (root)
-	@status=0; $(BIN)/python -m pytest -m kernels tests/kernels || status=$$?; $(GIVE_BACK); exit $$status
+	@status=0; $(BIN)/python -m pytest -m 'kernels and not arm64' tests/kernels || status=$$?; $(GIVE_BACK); exit $$status
+
+.PHONY: test-arm64
+test-arm64: root packages-arm64 $(VENV)/.dev ## The same on Debian for arm64 with its own kernel, emulated (root)
+	@status=0; $(BIN)/python -m pytest -m arm64 tests/kernels || status=$$?; $(GIVE_BACK); exit $$status
 
 .PHONY: soak
-soak: root packages-kernels $(VENV)/.dev ## The tests' long forms, hours of them (root)
+soak: root packages-arm64 $(VENV)/.dev ## The tests' long forms, hours of them (root)
 	@AIO_TRACE_SOAK_S=120 AIO_TRACE_REPEAT=20 AIO_TRACE_INSPECT_LOAD=10000 AIO_TRACE_BUSY_INSPECTS=200 AIO_TRACE_MUTATIONS=1000 \
 	AIO_TRACE_MUTANTS=10000 AIO_TRACE_FUZZ=20000 AIO_TRACE_MATRIX=1 AIO_TRACE_NUDGE_ROUNDS=100 AIO_TRACE_NUDGE_REFUSALS=1000 \
 	AIO_TRACE_BENCH_ROUNDS=2 \
@@ -105,7 +110,7 @@ clean: ## Remove everything that was made in this folder
 root:
 	@[ "$$(id -u)" = 0 ] || { echo "this needs root, and there is no sudo: make $(MAKECMDGOALS), as root" >&2; exit 1; }
 
-.PHONY: packages-run packages-demo packages-test packages-matrix packages-kernels packages-bench
+.PHONY: packages-run packages-demo packages-test packages-matrix packages-kernels packages-arm64 packages-bench
 packages-run:
 	@bash .ci/packages $(PACKAGES_RUN)
 packages-demo:
@@ -116,6 +121,8 @@ packages-matrix:
 	@bash .ci/packages $(PACKAGES_MATRIX)
 packages-kernels:
 	@bash .ci/packages $(PACKAGES_KERNELS)
+packages-arm64:
+	@bash .ci/packages $(PACKAGES_ARM64)
 packages-bench:
 	@bash .ci/packages $(PACKAGES_BENCH)
 

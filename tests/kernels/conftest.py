@@ -11,15 +11,17 @@ import shutil
 import pytest
 
 from tests.conftest import require
+from tests.kernels.boards import AMD64, ARM64
 from tests.kernels.images import SYSTEMS, RootMissing, System, image_of
 from tests.kernels.machine import Outcome, trial
-from tracer.lab.qemu import SYSTEM
 
 #: Ten times what a trial takes on a quiet machine would be too long to wait for one that hangs.
-PATIENCE_S = 900.0
+PATIENCE_S = {AMD64: 900.0, ARM64: 2100.0}
+MARKS = {ARM64: pytest.mark.arm64}
+_PARAMETERS = [pytest.param(each, id=each.name, marks=MARKS.get(each.board, ())) for each in SYSTEMS]
 
 
-@pytest.fixture(scope="session", params=SYSTEMS, ids=lambda system: str(system.name))
+@pytest.fixture(scope="session", params=_PARAMETERS)
 def system(request: pytest.FixtureRequest) -> System:
     """Each system in turn."""
     chosen: System = request.param
@@ -30,11 +32,11 @@ def system(request: pytest.FixtureRequest) -> System:
 def outcome(system: System) -> Outcome:
     """What its trial told, from its boot to its end."""
     require(os.geteuid() == 0, "the kernels need root")
-    for tool in ("debootstrap", "mke2fs", SYSTEM):
+    for tool in ("debootstrap", "mke2fs", system.board.emulator):
         require(shutil.which(tool), f"{tool} is not installed")
     try:
         image = image_of(system)
-        return trial(image, ("python3", "-m", "tests.kernels.trial"), PATIENCE_S)
+        return trial(image, ("python3", "-m", "tests.kernels.trial"), PATIENCE_S[system.board])
     except RootMissing as error:
         require(False, f"no image of {system.name}: {error}")
         raise

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import re
 import shutil
 import tempfile
@@ -16,10 +17,11 @@ from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 
+from tests.kernels.boards import AMD64, ARM64, Board
 from tests.matrix.roots import RootMissing, debootstrap, locked, remove, run
 from tracer.lab.guest import BUSYBOX_PACKAGE, cache_folder, cpio, modules_of, unpacked
 
-PACKAGES = ("python3", "python3-bpfcc", "qemu-system-x86", "qemu-utils")
+PACKAGES = ("python3", "python3-bpfcc")
 MODULES = ("virtio_pci", "virtio_blk", "crc32c_generic", "ext4")
 SIZE = "4G"
 #: Where the guest finds the project, and how it is told what to run.
@@ -45,27 +47,38 @@ exec switch_root /root {START}
 
 @dataclass(frozen=True)
 class System:
-    """A release whose own kernel is booted. `kernel` is the package that means its newest kernel.
+    """A release whose own kernel is booted.
 
-    `version` is how that one's begins, where the release has one; `can` is what it is known to be able to.
+    `version` is how the newest one's begins, where the release has one; `can` is what it is known to be able to.
     """
 
     name: str
     suite: str
     version: str
     can: frozenset[str] = frozenset({"uprobe_multi", "atomics", "hashes_allocate"})
-    kernel: str = "linux-image-cloud-amd64"
-    packages: tuple[str, ...] = PACKAGES
+    flavour: str = "cloud"
+    board: Board = AMD64
+
+    @property
+    def kernel(self) -> str:
+        """The package that means its newest kernel."""
+        return f"linux-image-{self.flavour}-{self.board.debian}"
+
+    @property
+    def packages(self) -> tuple[str, ...]:
+        """What its root has besides."""
+        return (*PACKAGES, self.board.qemu, "qemu-utils")
 
 
 #: One for real time refuses what others only warn of. Its image is another two minutes and 800 MB.
-REAL_TIME = System("debian-11-rt", "bullseye", "5.10.", frozenset(), kernel="linux-image-rt-amd64")
+REAL_TIME = System("debian-11-rt", "bullseye", "5.10.", frozenset(), flavour="rt")
 SYSTEMS = (
     System("debian-11", "bullseye", "5.10.", frozenset()),
     System("debian-12", "bookworm", "6.1.", frozenset({"atomics", "hashes_allocate"})),
     System("debian-13", "trixie", "6.12."),
     System("debian-sid", "sid", ""),
     *((REAL_TIME,) if os.environ.get("AIO_TRACE_REAL_TIME") else ()),
+    System("debian-13-arm64", "trixie", "6.12.", board=ARM64),
 )
 
 
@@ -77,6 +90,7 @@ class Image:
     kernel: Path
     initramfs: Path
     python: str  # the minor version of its Python 3, such as 3.11
+    board: Board
 
 
 def image_of(system: System) -> Image:
@@ -92,7 +106,8 @@ def image_of(system: System) -> Image:
                 _make(system, Path(work), lock)
                 # The temporary folder is for us alone; this one is for whoever reads the cache.
                 os.rename(Path(work) / "made", folder)
-    return Image(folder / "disk", folder / "kernel", folder / "initramfs", (folder / "python").read_text())
+    python = (folder / "python").read_text()
+    return Image(folder / "disk", folder / "kernel", folder / "initramfs", python, system.board)
 
 
 def _key(system: System) -> str:
@@ -120,13 +135,18 @@ def _make(system: System, work: Path, lock: int) -> None:
     made.mkdir(mode=0o755)
     kernel.mkdir()
     try:
-        debootstrap(system.suite, root, system.packages, lock)
-        _unpack_kernel(system, root, kernel, lock)
-        run(["chroot", str(root), "apt-get", "clean"])
+        if system.board.linux == platform.machine():
+            debootstrap(system.suite, root, system.packages, lock)
+            _unpack_kernel(system, root, kernel, lock)
+            run(["chroot", str(root), "apt-get", "clean"])
+            busybox = unpacked(BUSYBOX_PACKAGE, cache_folder())
+        else:
+            _unpack_all(system, root, lock)
+            kernel = busybox = root
         (root / PROJECT.lstrip("/")).mkdir()
         (made / "python").write_text(os.readlink(root / "usr/bin/python3").removeprefix("python"))
         shutil.copy(_vmlinuz(kernel), made / "kernel")
-        (made / "initramfs").write_bytes(_initramfs(kernel))
+        (made / "initramfs").write_bytes(_initramfs(kernel, busybox))
         run([*_MKE2FS, "-d", str(root), str(made / "disk"), SIZE], lock)
     finally:
         remove(root)
@@ -141,6 +161,25 @@ def _unpack_kernel(system: System, root: Path, kernel: Path, lock: int) -> None:
         run(["dpkg-deb", "-x", str(package), str(kernel)], lock)
 
 
+def _unpack_all(system: System, root: Path, lock: int) -> None:
+    """A root for another architecture: nothing of it can be run here, so nothing is configured, only unpacked.
+
+    That is enough to run programs; what their packages would have made besides is here.
+    """
+    packages = (*system.packages, BUSYBOX_PACKAGE, system.kernel)
+    debootstrap(system.suite, root, packages, lock, foreign=system.board.debian)
+    archives = root / "var/cache/apt/archives"
+    for package in sorted(archives.glob("*.deb")):
+        # Not dpkg-deb -x: it would put a folder where a root has /lib -> usr/lib.
+        run(["sh", "-c", 'dpkg-deb --fsys-tarfile "$0" | tar -x --keep-directory-symlink -C "$1"', package, root], lock)
+        package.unlink()
+    for name in ("passwd", "group"):
+        shutil.copy(root / f"usr/share/base-passwd/{name}.master", root / "etc" / name)
+    if (root / "proc").is_symlink():  # to the host's, for the stage that is not run
+        (root / "proc").unlink()
+        (root / "proc").mkdir()
+
+
 def _vmlinuz(kernel: Path) -> Path:
     """Debian's kernel packages have it in /boot, from 7.0 on beside its modules."""
     for pattern in ("boot/vmlinuz-*", "usr/lib/modules/*/vmlinuz"):
@@ -149,9 +188,8 @@ def _vmlinuz(kernel: Path) -> Path:
     raise RootMissing("the kernel's packages hold no kernel")
 
 
-def _initramfs(kernel: Path) -> bytes:
+def _initramfs(kernel: Path, busybox: Path) -> bytes:
     """What mounts the disk; the project is appended to it. In whole words, as the kernel wants what follows."""
-    busybox = unpacked(BUSYBOX_PACKAGE, cache_folder())
     program = next(path for path in (busybox / "bin/busybox", busybox / "usr/bin/busybox") if path.exists())
     modules = modules_of(kernel, MODULES)
     order = "\n".join(f"{name}.ko" for name in modules)

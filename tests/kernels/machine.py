@@ -20,16 +20,16 @@ from pathlib import Path
 from typing import Any
 from zipfile import ZipFile
 
+from tests.kernels.boards import Board
 from tests.kernels.images import PROJECT, Image
 from tests.matrix.roots import locked, run
 from tracer.lab.guest import cache_folder, cpio
 from tracer.lab.process import end, spawn
-from tracer.lab.qemu import SYSTEM
 
 ROOT = Path(__file__).resolve().parents[2]
 CODE = ("bpf", "tracer", "tests", "cli.py")
 MEMORY_MIB = 3072
-OPTIONS = "root=/dev/vda console=ttyS0 quiet panic=-1 panic_on_warn=1 oops=panic no_timer_check mitigations=off"
+OPTIONS = "root=/dev/vda quiet panic=-1 panic_on_warn=1 oops=panic no_timer_check mitigations=off"
 
 # Runs in the image's root once that is the root. The trial speaks on the second serial line, all others on the first.
 START = f"""\
@@ -43,9 +43,9 @@ mount -t tmpfs shm /dev/shm
 mount -t tmpfs run /run
 mount -t tmpfs tmp /tmp
 mount -t tmpfs cache /var/cache
-exec </dev/null >/dev/ttyS0 2>&1
+exec </dev/null >/dev/console 2>&1
 cd {PROJECT}/code
-$(cat {PROJECT}/command) >/dev/ttyS1
+$(cat {PROJECT}/command) >/dev/$lines
 echo "the trial ended with $?"
 echo o >/proc/sysrq-trigger
 sleep 60
@@ -78,7 +78,7 @@ def trial(image: Image, command: Sequence[str], patience_s: float) -> Outcome:
     """Boot the image, run the command (words without spaces) in the project, and wait until the machine is off."""
     with tempfile.TemporaryDirectory(prefix="aio-trace-kernel-") as scratch:
         folder = Path(scratch)
-        (folder / "initramfs").write_bytes(image.initramfs.read_bytes() + project(image.python, command))
+        (folder / "initramfs").write_bytes(image.initramfs.read_bytes() + project(image, command))
         for name in ("console", "lines"):
             (folder / name).touch()
         began = time.monotonic()
@@ -89,12 +89,13 @@ def trial(image: Image, command: Sequence[str], patience_s: float) -> Outcome:
 
 
 def _command_line(image: Image, folder: Path) -> list[str]:
-    argv = [SYSTEM, "-accel", "tcg,thread=multi", "-cpu", "max", "-smp", "2", "-m", str(MEMORY_MIB)]
+    board = image.board
+    argv = [board.emulator, *board.options, "-accel", "tcg,thread=multi", "-smp", "2", "-m", str(MEMORY_MIB)]
     argv += ["-nodefaults", "-display", "none", "-no-reboot"]
-    argv += ["-kernel", str(image.kernel), "-initrd", str(folder / "initramfs"), "-append", OPTIONS]
+    argv += ["-kernel", str(image.kernel), "-initrd", str(folder / "initramfs"), "-append"]
+    argv += [f"{OPTIONS} console={board.console} lines={board.lines}"]
     argv += ["-drive", f"file={image.disk},format=raw,if=virtio,snapshot=on,cache=unsafe"]
-    argv += ["-serial", f"file:{folder / 'console'}", "-serial", f"file:{folder / 'lines'}"]
-    return argv
+    return argv + board.serial(folder / "console", folder / "lines")
 
 
 def _ran(argv: Sequence[str], folder: Path, patience_s: float) -> bool:
@@ -122,14 +123,14 @@ def _lines(path: Path) -> Iterator[dict[str, Any]]:
 # What goes in beside the image
 
 
-def project(python: str, command: Sequence[str]) -> bytes:
+def project(image: Image, command: Sequence[str]) -> bytes:
     """An archive with this working copy, the libraries that it needs under that Python, and what is to be run."""
     found: list[tuple[str, int, bytes]] = [("project", 0o40755, b"")]
     found += [("project/start", 0o100755, START.encode()), ("project/command", 0o100644, " ".join(command).encode())]
     found += [("project/code", 0o40755, b""), ("project/site", 0o40755, b"")]
     for name in CODE:
         found += _files(ROOT / name, f"project/code/{name}")
-    for path in sorted(libraries(python).iterdir()):
+    for path in sorted(libraries(image.python, image.board).iterdir()):
         found += _files(path, f"project/site/{path.name}")
     return cpio(found)
 
@@ -145,17 +146,19 @@ def _files(path: Path, name: str) -> Iterator[tuple[str, int, bytes]]:
         yield from _files(below, f"{name}/{below.name}")
 
 
-def libraries(python: str) -> Path:
-    """A folder with what aio-trace requires, for that Python; downloaded once."""
+def libraries(python: str, board: Board) -> Path:
+    """A folder with what aio-trace requires, for that Python and architecture; downloaded once."""
     needs = [need for need in requires("aio-trace") or () if "extra ==" not in need]
     cache = cache_folder() / "kernels"
-    folder = cache / f"libraries-{python}-{sha256(json.dumps(needs).encode()).hexdigest()[:12]}"
+    folder = cache / f"libraries-{python}-{board.linux}-{sha256(json.dumps(needs).encode()).hexdigest()[:12]}"
     with locked(cache / ".libraries.lock"):
         if not folder.is_dir():
             with tempfile.TemporaryDirectory(dir=cache, prefix=".libraries-") as work:
                 # Not "pip install": that asks whether a library is for the Python that runs pip.
                 download = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check"]
                 download += ["--dest", f"{work}/wheels", "--python-version", python, "--only-binary=:all:"]
+                for glibc in ("2014", "_2_28"):
+                    download += ["--platform", f"manylinux{glibc}_{board.linux}"]
                 run([*download, *needs])
                 for wheel in Path(work, "wheels").iterdir():
                     ZipFile(wheel).extractall(f"{work}/site")

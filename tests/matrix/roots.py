@@ -97,14 +97,15 @@ def _make(release: Release, root: Path, lock: int) -> None:
     run(["chroot", str(root), "apt-get", "clean"])
 
 
-def debootstrap(suite: str, root: Path, packages: Sequence[str], *locks: int) -> None:
-    """Make a root of that suite with these packages. Raises RootMissing."""
+def debootstrap(suite: str, root: Path, packages: Sequence[str], *locks: int, foreign: str | None = None) -> None:
+    """Make a root of that suite with these packages; of a `foreign` architecture the first stage. RootMissing."""
     if platform.machine() != "x86_64":
         raise RootMissing("roots are made on x86-64 only")
     if not shutil.which("debootstrap"):
         raise RootMissing("debootstrap is not installed")
     # A mount namespace of its own: what debootstrap mounts is gone when it is, however it ends.
     command = ["unshare", "--mount", "debootstrap", "--variant=minbase"]
+    command += ["--foreign", f"--arch={foreign}"] if foreign else []
     if packages:
         command.append("--include=" + ",".join(packages))
     run([*command, suite, str(root), mirror()], *locks)
@@ -128,7 +129,7 @@ def mirror() -> str:
 _INDEXES = ("Created-By: Packages",)
 
 
-def run(command: Sequence[str], *locks: int) -> str:
+def run(command: Sequence[str | Path], *locks: int) -> str:
     """What the command prints. It keeps `locks` as long as it runs, even if this process is killed meanwhile."""
     environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive", "LC_ALL": "C.UTF-8", **_proxies()}
     try:
