@@ -32,7 +32,6 @@ from tracer.build import Build, build_of, load
 from tracer.check import check_file
 from tracer.compiler import Compiled, MapShape
 from tracer.core import CoreView
-from tracer.debug_files import Place
 from tracer.elf import Image
 from tracer.errors import AioTraceError, SitesNotFound
 from tracer.inspect import diagnose
@@ -436,10 +435,10 @@ def cache_files(folder: Path) -> Trial:
     (folder / "cache").mkdir(mode=0o700)
     program = build(Recipe(), folder)
     contents: list[bytes] = []
-    store, cache.store = cache.store, lambda kind, key, content: contents.append(content)
-    kept.read_build(str(program), "qemu", Place(str(program)))
-    cache.store = store
     image = Image.open(program)
+    store, cache.store = cache.store, lambda kind, key, content: contents.append(content)
+    kept._keep(image, b"key", build_of(image, "qemu"))
+    cache.store = store
     whole = json.loads(contents[0])
     sound = kept._believed(image, contents[0])
     assert sound is not None
