@@ -79,12 +79,12 @@ def measure(cheap: bool = True) -> float | None:
 
 def _address_of(file: int) -> int:
     """Where the file is mapped: Python does not tell of what it cannot write to."""
-    inode = str(os.fstat(file).st_ino)
-    with open("/proc/self/maps", encoding="utf-8", errors="replace") as maps:
+    inode = b"%d" % os.fstat(file).st_ino
+    with open("/proc/self/maps", "rb") as maps:
         for line in maps:
             words = line.split()
-            if words[4] == inode and "memfd:aio-trace" in line:
-                return int(words[0].split("-")[0], 16)
+            if words[4] == inode and b"memfd:aio-trace" in line:
+                return int(words[0].split(b"-")[0], 16)
     raise OSError("the code is not mapped")
 
 

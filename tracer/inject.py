@@ -29,7 +29,7 @@ from tracer import xstate
 from tracer.errors import FaultError, InjectionRefused
 from tracer.memory import LiveMemory
 from tracer.records import dataclass
-from tracer.target import Region, Target
+from tracer.target import Region, Target, read_text
 
 PTRACE_SETREGS, PTRACE_GETREGS, PTRACE_DETACH, PTRACE_CONT = 13, 12, 17, 7
 PTRACE_SYSCALL = 24
@@ -122,8 +122,8 @@ def check_machine(target: Target) -> None:
 
 
 def _status(pid: int) -> str:
-    with suppress(OSError), open(f"/proc/{pid}/status", encoding="ascii", errors="replace") as file:
-        return file.read()
+    with suppress(OSError):
+        return read_text(f"/proc/{pid}/status")
     return ""
 
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from tracer.elf import Image
 from tracer.machine import HOST
 from tracer.memory import LiveMemory
-from tracer.target import Region, Target, Thread
+from tracer.target import Region, Target, Thread, read_text
 from tracer.view import Stack
 
 if TYPE_CHECKING:
@@ -140,8 +140,7 @@ class LiveView:
     def epoll_holds(self, epoll_fd: int, fd: int) -> bool | None:
         """Whether that epoll set holds `fd`."""
         try:
-            with open(f"/proc/{self.pid}/fdinfo/{epoll_fd}", encoding="ascii", errors="replace") as file:
-                return re.search(rf"^tfd:\s*{fd}\b", file.read(), re.M) is not None
+            return re.search(rf"^tfd:\s*{fd}\b", read_text(f"/proc/{self.pid}/fdinfo/{epoll_fd}"), re.M) is not None
         except OSError:
             return None
 
@@ -149,8 +148,8 @@ class LiveView:
         """/proc/PID/task/TID/stack where that may be read, else the one function that wchan names."""
         folder = f"/proc/{self.pid}/task/{tid}"
         for name, pattern in (("stack", r"^\[<[^>]*>\]\s+([^\s+/]+)"), ("wchan", r"^([A-Za-z_]\w+)")):
-            with suppress(OSError), open(f"{folder}/{name}", encoding="ascii", errors="replace") as file:
-                found = re.findall(pattern, file.read(), re.M)
+            with suppress(OSError):
+                found = re.findall(pattern, read_text(f"{folder}/{name}"), re.M)
                 if found:
                     return tuple(found)
         return ()
@@ -200,8 +199,7 @@ def _now_ms(cpu: int) -> float | None:
 
 def _last_ran_ms(path: str) -> float | None:
     try:
-        with open(path, encoding="ascii", errors="replace") as file:
-            found = re.search(r"^se\.exec_start\s*:\s*([\d.]+)", file.read(), re.M)
+        found = re.search(r"^se\.exec_start\s*:\s*([\d.]+)", read_text(path), re.M)
     except OSError:
         return None
     return float(found[1]) if found else None

@@ -32,7 +32,7 @@ from tracer.looking import Looker
 from tracer.qmp import Monitor, force_hint
 from tracer.records import dataclass
 from tracer.survey import Stuck, Survey, still_stuck, survey, went_on
-from tracer.target import Target
+from tracer.target import Target, read_text
 from tracer.text import printable
 from tracer.verdict import LOOP_BLOCKED, LOOP_BUSY, LOST_KICK, LOST_WAKEUP, STOPPED, UNPOLLED_KICK
 
@@ -579,7 +579,7 @@ def _version(text: str | None) -> tuple[int, ...]:
 
 def inner_tid(target: Target, tid: int) -> int:
     """A thread's id as the process itself sees it, in its container."""
-    with suppress(OSError), open(f"/proc/{target.pid}/task/{tid}/status", encoding="utf-8") as file:
-        found = re.search(r"^NSpid:.*?(\d+)$", file.read(), re.M)
+    with suppress(OSError):
+        found = re.search(r"^NSpid:.*?(\d+)$", read_text(f"/proc/{target.pid}/task/{tid}/status"), re.M)
         return int(found[1]) if found else tid
     return tid

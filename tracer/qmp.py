@@ -24,7 +24,7 @@ from typing import Any, Protocol, TypeVar
 from qemu.qmp import ExecuteError, QMPClient, QMPError
 
 from tracer.errors import CommandRefused, MonitorBusy, MonitorDead, MonitorError, ToolMissing, pasted
-from tracer.target import Target, looks_like_qemu
+from tracer.target import Target, looks_like_qemu, read_text
 
 TIMEOUT_S = 5.0
 #: What libvirt says while an earlier command of its own is not answered.
@@ -224,8 +224,8 @@ def virsh_line(domain: str, line: str) -> str:
 
 def domain_of(target: Target) -> str | None:
     """libvirt's name of the process, from its own command line (-name guest=NAME,…), or None."""
-    with suppress(OSError, ValueError), open(f"/proc/{target.pid}/cmdline", encoding="utf-8", errors="replace") as file:
-        words = file.read().split("\0")
+    with suppress(OSError, ValueError):
+        words = read_text(f"/proc/{target.pid}/cmdline").split("\0")
         found = re.match(r"guest=((?:[^,]|,,)+)", words[words.index("-name") + 1])
         return found[1].replace(",,", ",") if found else None
     return None
@@ -327,7 +327,7 @@ def _check_owner(connection: socket.socket, target: Target, path: str) -> None:
 
 
 class _Row:
-    """One line of /proc/net/unix."""
+    """One line of /proc/net/unix; ValueError or IndexError for what is none."""
 
     def __init__(self, line: str) -> None:
         fields = line.split(None, 7)
@@ -337,9 +337,16 @@ class _Row:
 
 def _sockets(pid: int) -> list[_Row]:
     """The UNIX sockets of the process's network namespace."""
-    with suppress(OSError, ValueError, IndexError), open(f"/proc/{pid}/net/unix", encoding="utf-8") as file:
-        return [_Row(line.rstrip("\n")) for line in file.readlines()[1:]]
-    return []
+    try:
+        lines = read_text(f"/proc/{pid}/net/unix").split("\n")[1:]
+    except OSError:
+        return []
+    rows = []
+    for line in lines:
+        # A socket's name may hold a newline: what is behind it is no line.
+        with suppress(ValueError, IndexError):
+            rows.append(_Row(line))
+    return rows
 
 
 def _has_sockets(pid: int, inodes: set[int]) -> bool:

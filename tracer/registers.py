@@ -15,6 +15,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
+import re
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -24,7 +25,7 @@ from typing import Generic, TypeVar
 from tracer.errors import HostError, NotPermitted
 from tracer.machine import HOST, X86_64
 from tracer.records import dataclass
-from tracer.target import Target, Thread, ended
+from tracer.target import Target, Thread, ended, read_text
 
 PTRACE_DETACH, PTRACE_GETREGSET, PTRACE_SEIZE, PTRACE_INTERRUPT = 17, 0x4204, 0x4206, 0x4207
 NT_PRSTATUS, NT_PRFPREG = 1, 2
@@ -211,7 +212,7 @@ def _from_proc(tid: int, thread: Thread | None) -> ThreadRegisters:
 
 def _tracer_of(pid: int) -> int:
     try:
-        with open(f"/proc/{pid}/status", encoding="utf-8", errors="replace") as file:
-            return int(next((line.split()[1] for line in file if line.startswith("TracerPid:")), "0"))
-    except (OSError, ValueError):
+        found = re.search(r"^TracerPid:\s*(\d+)", read_text(f"/proc/{pid}/status"), re.M)
+    except OSError:
         return 0
+    return int(found[1]) if found else 0

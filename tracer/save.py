@@ -47,7 +47,7 @@ from tracer.memory import CHUNK, PAGE, PAGE_PRESENT_OR_SWAPPED
 from tracer.own import LeftOut, Own
 from tracer.records import dataclass
 from tracer.registers import NT_PRFPREG, ThreadRegisters, take_registers
-from tracer.target import Region, ended
+from tracer.target import Region, ended, read_text
 
 PAGE_OF_FILE = 1 << 61  # Documentation/admin-guide/mm/pagemap.rst: of a file, or shared
 #: Pages that do not exist between ones that do are written as zeros up to that many; else left out.
@@ -441,8 +441,7 @@ def _facts(view: LiveView) -> bytes:
 
 def _epoll_set(pid: int, fd: int) -> list[int]:
     try:
-        with open(f"/proc/{pid}/fdinfo/{fd}", encoding="ascii", errors="replace") as file:
-            return [int(number) for number in re.findall(r"^tfd:\s*(\d+)", file.read(), re.M)]
+        return [int(number) for number in re.findall(r"^tfd:\s*(\d+)", read_text(f"/proc/{pid}/fdinfo/{fd}"), re.M)]
     except OSError:
         return []
 

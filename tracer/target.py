@@ -155,21 +155,25 @@ def trace_line(*pids: int) -> str:
     return " ".join(["sudo aio-trace", *(f"--pid {pid}" for pid in pids)])
 
 
-def _read_text(path: str) -> str:
-    with open(path, encoding="utf-8", errors="replace") as file:
-        return file.read()
+def read_text(path: str) -> str:
+    """A text of /proc as it is: its lines end with a newline alone, and names in it may hold any other byte.
+
+    Python's own lines end at ten characters, of which a file's or a thread's name may be made.
+    """
+    with open(path, "rb") as file:
+        return os.fsdecode(file.read())
 
 
 def _stat_fields(pid: int, tid: int | None = None) -> tuple[str, list[str]]:
     """(comm, fields from state on) of /proc/PID[/task/TID]/stat; comm may hold spaces and parentheses."""
-    text = _read_text(f"/proc/{pid}/stat" if tid is None else f"/proc/{pid}/task/{tid}/stat")
+    text = read_text(f"/proc/{pid}/stat" if tid is None else f"/proc/{pid}/task/{tid}/stat")
     return text[text.index("(") + 1 : text.rindex(")")], text[text.rindex(")") + 2 :].split()
 
 
 def _schedule(pid: int, tid: int) -> tuple[float | None, float | None]:
     """Seconds on a CPU and waiting for one, of /proc/PID/task/TID/schedstat; None where the kernel has none."""
     try:
-        ran, waited, _slices = _read_text(f"/proc/{pid}/task/{tid}/schedstat").split()
+        ran, waited, _slices = read_text(f"/proc/{pid}/task/{tid}/schedstat").split()
     except (OSError, ValueError):
         return None, None
     return int(ran) / 1e9, int(waited) / 1e9
@@ -215,7 +219,7 @@ class Target:
             thaw = cgroup.thaw_line(self.pid) or "docker unpause CONTAINER"
             return f"{thaw}    # its control group is frozen, as docker pause does it"
         with suppress(OSError):
-            found = re.search(r"^TracerPid:\s*([1-9]\d*)", _read_text(f"/proc/{self.pid}/status"), re.M)
+            found = re.search(r"^TracerPid:\s*([1-9]\d*)", read_text(f"/proc/{self.pid}/status"), re.M)
             if found:
                 return f"ps -p {found[1]}    # this debugger holds it"
         return f"kill -CONT {self.pid}"
@@ -247,7 +251,7 @@ class Target:
         """One thread now, or None when it is gone."""
         try:
             name, fields = _stat_fields(self.pid, tid)
-            status = _read_text(f"/proc/{self.pid}/task/{tid}/status")
+            status = read_text(f"/proc/{self.pid}/task/{tid}/status")
         except (OSError, ValueError):
             return None
         found = re.search(r"^voluntary_ctxt_switches:\s*(\d+)", status, re.M)
@@ -280,7 +284,7 @@ class Target:
 
     def _syscall(self, tid: int) -> SystemCall | None:
         try:
-            words = _read_text(f"/proc/{self.pid}/task/{tid}/syscall").split()
+            words = read_text(f"/proc/{self.pid}/task/{tid}/syscall").split()
         except OSError:
             return None
         if len(words) < 9:
@@ -292,7 +296,7 @@ class Target:
     def regions(self) -> list[Region]:
         """The mappings of /proc/PID/maps, in order of address."""
         try:
-            text = _read_text(f"/proc/{self.pid}/maps")
+            text = read_text(f"/proc/{self.pid}/maps")
         except OSError as error:
             raise ended(self.pid, error) from error
         return list(_parse_maps(text))
@@ -317,7 +321,7 @@ class Target:
     def eventfd_count(self, fd: int) -> int | None:
         """The counter of an eventfd of the process, None if it is none."""
         try:
-            text = _read_text(f"/proc/{self.pid}/fdinfo/{fd}")
+            text = read_text(f"/proc/{self.pid}/fdinfo/{fd}")
         except OSError:
             return None
         found = re.search(r"^eventfd-count:\s*([0-9a-f]+)", text, re.M)
@@ -354,10 +358,10 @@ def _program_of(pid: int) -> bytes:
 
 
 def _parse_maps(text: str) -> Iterator[Region]:
-    for line in text.splitlines():
-        fields = line.split(None, 5)
+    for line in filter(None, text.split("\n")):
+        fields = line.split(" ", 5)
         start, _, end = fields[0].partition("-")
-        path = fields[5] if len(fields) > 5 else ""
+        path = fields[5].lstrip(" ") if len(fields) > 5 else ""
         yield Region(int(start, 16), int(end, 16), fields[1], int(fields[4]), path, int(fields[2], 16))
 
 
@@ -369,7 +373,7 @@ def open_target(pid: int, line: Callable[..., str] = trace_line) -> Target:
     """
     try:
         _, fields = _stat_fields(pid)
-        status = _read_text(f"/proc/{pid}/status")
+        status = read_text(f"/proc/{pid}/status")
     except OSError as error:
         if _is_hidden(pid):
             raise NotPermitted(f"process {pid} may not be looked at without root", line(pid)) from error
@@ -491,6 +495,6 @@ def _outside(pid: int, line: Callable[..., str]) -> str | None:
 def _innermost_pid(pid: int) -> int | None:
     """The number of a process in its own pid namespace, where that is not this one's; else None."""
     with suppress(OSError):
-        found = re.search(r"^NSpid:\s*\d+.*\s(\d+)$", _read_text(f"/proc/{pid}/status"), re.M)
+        found = re.search(r"^NSpid:\s*\d+.*\s(\d+)$", read_text(f"/proc/{pid}/status"), re.M)
         return int(found[1]) if found else None
     return None

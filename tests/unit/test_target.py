@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes as ct
+import mmap
 import os
 import platform
 import re
@@ -21,6 +22,8 @@ from tests.conftest import require
 from tracer.errors import NoSuchProcess, NotPermitted, NotQemu, TargetExited
 from tracer.lab.process import wait_until
 from tracer.target import RESTART_SYSCALL, SYSCALLS, Target, Thread, find_qemus, is_qemu_name, open_target
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture
@@ -316,3 +319,57 @@ def test_numbers_of_system_calls(machine: str) -> None:
     }
     known = SYSCALLS[machine] | {RESTART_SYSCALL[machine]: "restart_syscall"}
     assert {name: numbers.get(name) for name in known.values()} == {name: number for number, name in known.items()}
+
+
+NASTY = "x\v\f\r\x1c\x1d\x1e\x85\u2028\u2029 \t y"
+
+
+def test_a_mapped_file_may_have_any_name(tmp_path: Path) -> None:
+    """Python's own lines end at ten characters; the kernel's at a newline, which it writes as \\012 in a name."""
+    names = [NASTY, f"{NASTY}\udcff ", "7f0000000000-7f0000001000 rw-p 00000000 00:00 0"]
+    paths = [str(tmp_path / name) for name in names]
+    maps = []
+    for path in paths:
+        with open(path, "w+b") as file:
+            file.write(bytes(mmap.PAGESIZE))
+            file.flush()
+            maps.append(mmap.mmap(file.fileno(), 0))
+    found = {region.path for region in open_target(os.getpid()).regions()}
+    assert set(paths) <= found
+
+
+def test_a_thread_may_have_any_name() -> None:
+    """What it says of itself is not what the kernel says of it."""
+    leave, ready = threading.Event(), threading.Event()
+    libc = ct.CDLL(None)
+
+    def named() -> None:
+        libc.prctl(15, b"\rTgid:\t1\rx\v\xff", 0, 0, 0)  # PR_SET_NAME
+        ready.set()
+        leave.wait()
+
+    thread = threading.Thread(target=named)
+    thread.start()
+    ready.wait()
+    try:
+        with pytest.raises(NotQemu, match=f"is a thread of process {os.getpid()}$"):
+            open_target(thread.native_id or 0)
+        found = open_target(os.getpid()).thread(thread.native_id or 0)
+        assert found is not None
+        assert (found.name, found.stopped) == ("\\rTgid:\\t1\\rx\\x0b\\xff", False)
+    finally:
+        leave.set()
+        thread.join()
+
+
+def test_texts_of_the_kernel_are_no_lines_of_python() -> None:
+    """Names of a target's choosing stand in them: read_text() is the one way to read them."""
+    sources = [path for path in (ROOT / "tracer").rglob("*.py") if "lab" not in path.parts]
+    wrong = [
+        f"{path.name}: {line.strip()}"
+        for path in sources
+        for line in path.read_text().split("\n")
+        if (".splitlines(" in line and path.name != "compiler.py")
+        or (re.search(r'open\(f?"/proc/', line) and not re.search(r'"[rw]b"|O_RDONLY|loginuid', line))
+    ]
+    assert wrong == []
