@@ -51,6 +51,10 @@ class TargetExited(TargetError):
     """The process ended, or its pid now belongs to another one."""
 
 
+class OutOfBounds(TargetError):
+    """The process holds more than any QEMU does, or takes longer to be looked at."""
+
+
 class CoreError(TargetError):
     """A file is no core of a process, or what it holds cannot be used."""
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import pytest
@@ -11,8 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tracer import pools
-from tracer.errors import FaultError, LayoutError
+from tracer.errors import FaultError, LayoutError, OutOfBounds
 from tracer.layout import BottomHalfLayout, ElementLayout, Layout, PoolLayout, RequestState
+from tracer.memory import CHUNK
 from tracer.pools import Pool, PoolReader, ThreadCounts
 
 BASE = 0x5555_0000_0000
@@ -414,3 +416,53 @@ def check_whatever_is_read(world: World) -> None:
     assert all(request.pool == world.pool for request in listed.requests)
     if listed.torn is None:
         assert world.memory.read(links[-1], 8) == bytes(8)
+
+
+@pytest.mark.parametrize("address", [COMPLETION_BH, 0x5554_1234_5600, 0x5554_0000_0000, 0x40_0000])
+def test_found_wherever_the_function_stands(address: int) -> None:
+    """An address may begin with zero bytes as well as end with them; what stands at no multiple of 8 is none."""
+    world = World(MODERN)
+    half = world.bottom_half + MODERN.bottom_half.callback
+    world.memory.put(half, "Q", address)
+    for place in (3, 9, 0xF01):
+        world.memory.put(BASE + place, "Q", address)
+    reader = PoolReader(world.memory, MODERN, address)
+    assert reader.find([(BASE, bytes(world.memory.data))]) == [world.proved]
+
+
+def test_empty_memory_is_passed_quickly() -> None:
+    """A core that gdb took leaves every page of an arena there, full of zeroes, among which an address's own are none.
+
+    Compared by the processor's time with the same search by bytes.find.
+    """
+    word = COMPLETION_BH & ~0xFF
+    chunk = bytes(CHUNK)
+    reader = PoolReader(Bytes(0), MODERN, word)
+
+    def took(search: Callable[[], object]) -> float:
+        times = []
+        for _ in range(5):
+            began = time.process_time()
+            search()
+            times.append(time.process_time() - began)
+        return min(times)
+
+    plain = took(lambda: [chunk.find(struct.pack("<Q", word)) for _ in range(8)])
+    assert took(lambda: reader.find((BASE, chunk) for _ in range(8))) * 4 < plain
+    short = chunk[: CHUNK // 2]
+    assert took(lambda: reader.find((BASE, short) for _ in range(16))) * 4 < plain
+
+
+def test_more_pools_than_any_qemu_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory is the process's own to fill: it is told of, not waited for."""
+    world = World(MODERN)
+    data = bytes(world.memory.data)
+    monkeypatch.setattr(pools, "MAX_POOLS", 0)
+    with pytest.raises(OutOfBounds, match="more than 0 thread pools"):
+        world.reader.find([(BASE, data)])
+    monkeypatch.undo()
+    monkeypatch.setattr(pools, "MAX_CANDIDATES", 10)
+    stale = struct.pack("<Q", COMPLETION_BH) * 10
+    assert world.reader.find([(BASE, data), (BASE + (1 << 30), stale[:72])]) == [world.proved]
+    with pytest.raises(OutOfBounds, match="what looks like one"):
+        world.reader.find([(BASE, data), (BASE + (1 << 30), stale)])
