@@ -17,6 +17,7 @@
  *   CALLBACK_MAY_BE_NULL                                1: the callback site is reached without a callback, too
  *   HAVE_ATOMICS                                        1: the kernel has compare and exchange (5.12)
  *   SHARED                                              1: the probes are in every process of the executable
+ *   WAYS_OF_ONE, OVERFLOW_OF_ONE, STATISTICS_OF_ONE     for that, what one process may take of a set and of those maps
  *   PID_NAMESPACE_DEVICE, PID_NAMESPACE_INODE           for that, user space's pid namespace, unless it is the first
  *   COUNT_OPERATIONS                                    1, for the tests: count look-ups in hashes and in arrays
  *
@@ -60,6 +61,7 @@ BPF_F_TABLE("array", u32, struct request_set, requests, 1 << SET_BITS, 1024);
 BPF_HASH(overflow, struct request_key, struct request_record, MAX_REQUESTS);
 #if SHARED
 BPF_HASH(processes, u32, struct process, MAX_PROCESSES);
+BPF_HASH(shares, u32, struct share, MAX_PROCESSES);
 #else
 BPF_ARRAY(processes, struct process, 1);
 #endif
@@ -114,10 +116,11 @@ INLINE int insert_overflow(struct request_key *key, struct request_record *recor
     return overflow.insert(key, record);
 }
 
-INLINE void delete_overflow(struct request_key *key)
+/* Whether it was there. */
+INLINE bool delete_overflow(struct request_key *key)
 {
     operation(ON_HASH);
-    overflow.delete(key);
+    return !overflow.delete(key);
 }
 
 INLINE struct process *lookup_process(u32 pid)
@@ -133,17 +136,6 @@ INLINE struct statistics *lookup_statistics(struct statistics_key *key)
 {
     operation(ON_HASH);
     return statistics.lookup(key);
-}
-
-INLINE void insert_statistics(struct statistics_key *key)
-{
-    u32 first = 0;
-    struct statistics *empty = template.lookup(&first);
-
-    operation(ON_ARRAY);
-    operation(ON_HASH);
-    if (empty)
-        statistics.insert(key, empty);
 }
 
 /* Programs run on several CPUs at once and may be preempted: a count that is off by one would be a lie
@@ -163,6 +155,68 @@ INLINE u64 exchange_if(u64 *place, u64 expected, u64 value)
     if (found == expected)
         *place = value;
     return found;
+#endif
+}
+
+/* Shares: whoever makes up requests and files takes no more of the maps than its own part. Only what finds no
+ * record in the sets asks. */
+#if SHARED
+INLINE struct share *lookup_share(u32 pid)
+{
+    operation(ON_HASH);
+    return shares.lookup(&pid);
+}
+#endif
+
+INLINE bool may_overflow(u32 pid, struct process *process)
+{
+#if SHARED
+    struct share *share = lookup_share(pid);
+
+    return share && (s64)(share->entered - share->left) - process->taken < OVERFLOW_OF_ONE;
+#else
+    return true;
+#endif
+}
+
+INLINE void count_entered(u32 pid)
+{
+#if SHARED
+    struct share *share = lookup_share(pid);
+
+    if (share)
+        add(&share->entered, 1);
+#endif
+}
+
+INLINE void count_left(u32 pid)
+{
+#if SHARED
+    struct share *share = lookup_share(pid);
+
+    if (share)
+        add(&share->left, 1);
+#endif
+}
+
+INLINE void insert_statistics(struct statistics_key *key)
+{
+    u32 first = 0;
+    struct statistics *empty = template.lookup(&first);
+
+    operation(ON_ARRAY);
+    operation(ON_HASH);
+    if (!empty)
+        return;
+#if SHARED
+    struct share *share = lookup_share(key->process);
+
+    if (!share || share->counted >= STATISTICS_OF_ONE)
+        return;
+    if (!statistics.insert(key, empty))
+        add(&share->counted, 1);
+#else
+    statistics.insert(key, empty);
 #endif
 }
 
@@ -221,7 +275,8 @@ INLINE void forget(struct request_record *record)
     struct request_key key = {.request = record->request, .process = record->process};
 
     if (record->flags & FLAG_OVERFLOW) {
-        delete_overflow(&key);
+        if (delete_overflow(&key))
+            count_left(key.process);
         return;
     }
     record->process = 0;
@@ -254,12 +309,18 @@ INLINE int store(struct request_set *set, struct process *process, struct reques
 {
     struct request_key key = {.request = record->request, .process = record->process};
     struct request_record *place = 0;
+    u32 own = 0;
     int error;
 
     if (set) {
+#if WAYS_OF_ONE < WAYS
+#pragma unroll
+        for (int way = 0; way < WAYS; way++)
+            own += set->ways[way].process == record->process;
+#endif
 #pragma unroll
         for (int way = 0; way < WAYS; way++) {
-            if (!place && !set->ways[way].request && !exchange_if(&set->ways[way].request, 0, record->request)) {
+            if (!place && own < WAYS_OF_ONE && !set->ways[way].request && !exchange_if(&set->ways[way].request, 0, record->request)) {
                 place = &set->ways[way];
                 fill(place, record);
             }
@@ -281,14 +342,20 @@ INLINE int store(struct request_set *set, struct process *process, struct reques
         }
         return STORED;
     }
+    if (!may_overflow(record->process, process))
+        return NO_ROOM;
     process->overflow = 1;
     record->flags |= FLAG_OVERFLOW;
     error = may_meet ? insert_overflow(&key, record) : update_overflow(&key, record);
     if (error == -EEXIST) {
-        delete_overflow(&key);
+        if (delete_overflow(&key))
+            count_left(record->process);
         return MET;
     }
-    return error ? NO_ROOM : STORED;
+    if (error)
+        return NO_ROOM;
+    count_entered(record->process);
+    return STORED;
 }
 
 INLINE void count_missed(u32 pid)

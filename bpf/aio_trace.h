@@ -74,6 +74,15 @@ struct process {
     u64 map_full; /* requests that could not be followed: their set and the map `overflow` were full */
     u64 missed;   /* requests whose end was not seen: the address was recycled without it */
     u64 settled_ns; /* from then on, no request is under way that was done before its probe was there */
+    s64 taken; /* requests in `overflow`: those that user space took out, less those that it put in */
+};
+
+/* What a process has of what all share; only the programs write it, and they only ever add. With `taken` it tells
+ * how many requests of the process are in `overflow`. */
+struct share {
+    u64 entered; /* requests that the programs put into `overflow` */
+    u64 left;    /* requests that they took out */
+    u64 counted; /* kinds and files that are counted apart */
 };
 
 /* Counts are kept by process, what a request does and the file descriptor that it does it on. */

@@ -107,11 +107,14 @@ class Map:
             raise
         return True
 
-    def delete(self, key: bytes) -> None:
-        """Take an entry out, if it is there."""
+    def delete(self, key: bytes) -> bool:
+        """Take an entry out; whether it was there."""
         self._key.raw = key
-        with suppress(FileNotFoundError):
+        try:
             _bpf(_DELETE, self._element[:16])
+        except FileNotFoundError:
+            return False
+        return True
 
     def keys(self) -> Iterator[bytes]:
         """Every key; one may come twice, or the walk start over, when entries go meanwhile: it is bounded."""

@@ -64,7 +64,14 @@ class Process(ct.Structure):
         ("map_full", ct.c_uint64),
         ("missed", ct.c_uint64),
         ("settled_ns", ct.c_uint64),
+        ("taken", ct.c_int64),
     )
+
+
+class Share(ct.Structure):
+    """`struct share` of bpf/aio_trace.h."""
+
+    _fields_ = (("entered", ct.c_uint64), ("left", ct.c_uint64), ("counted", ct.c_uint64))
 
 
 class StatisticsKey(ct.Structure):

@@ -44,6 +44,7 @@ from tracer.maps import (
     RequestKey,
     RequestRecord,
     RequestSet,
+    Share,
     Statistics,
     StatisticsKey,
     Subject,
@@ -66,6 +67,8 @@ MAX_PROCESSES = 1024
 MAX_STATISTICS = 16384
 #: The same, for one process and shared, where the kernel wants the memory of all (6 KiB each) beforehand.
 PREALLOCATED_STATISTICS, PREALLOCATED_SHARED = 512, 4096
+#: What one process may take of what all share is one part in so many; of the sets it is half of each.
+SHARES = 16
 #: How long a worker may take from QEMU's bottom half to its own probe when its callback has overtaken it.
 CALLED_FOR_NS = 100_000_000
 #: How long after probes are attached a callback may be of a request whose done hit they did not see.
@@ -89,7 +92,8 @@ class Parameters:
     """What the programs are compiled for besides sites and layout.
 
     `deadline_s` and `fresh_s` in seconds: what was read is good for the others that ask within `fresh_s`.
-    `shared`: the probes are in every process of the executable, and a map says which are watched.
+    `shared`: the probes are in every process of the executable, and a map says which are watched; one of them has one
+    part in `shares` of what all share at most.
     """
 
     max_requests: int = MAX_REQUESTS
@@ -98,7 +102,13 @@ class Parameters:
     shared: bool = False
     fresh_s: float = 0.0
     set_bits: int = SET_BITS
+    shares: int = 1
     extra_flags: tuple[str, ...] = ()
+
+    @property
+    def overflow_of_one(self) -> int:
+        """So many requests of one process are in the map `overflow` at most."""
+        return max(self.max_requests // self.shares, 1)
 
 
 DEFAULT_PARAMETERS = Parameters()
@@ -165,6 +175,9 @@ def compile_flags(sites: Sequence[Site], element: ElementLayout, what: Parameter
         "CALLBACK_MAY_BE_NULL": int(any(site.without_callback for site in sites)),
         "HAVE_ATOMICS": int(atomics),
         "SHARED": int(what.shared),
+        "WAYS_OF_ONE": WAYS // min(what.shares, 2),
+        "OVERFLOW_OF_ONE": what.overflow_of_one,
+        "STATISTICS_OF_ONE": _max_statistics(what) // what.shares,
     }
     registers = {program.upper().removeprefix("ON_"): register for program, (_, register) in programs(sites).items()}
     return [
@@ -362,6 +375,8 @@ class Programs:
         if known.mode == MODE_NONE:
             known.settled_ns = time.monotonic_ns() + SETTLING_NS
         known.mode = mode
+        if self._what.shared:
+            self._maps["shares"].update(self._process_key(pid), bytes(Share()), NOEXIST)
         self._maps["processes"].update(self._process_key(pid), bytes(known))
         self._watched[pid] = mode
 
@@ -425,6 +440,7 @@ class Programs:
             return
         self.detach_unwanted()
         self._maps["processes"].delete(self._process_key(pid))
+        self._maps["shares"].delete(self._process_key(pid))
         self._keys, self._read = (0.0, {}), (0.0, {})
         for key in self._statistics_keys(pid):
             self._maps["statistics"].delete(bytes(key))
@@ -529,7 +545,7 @@ class Programs:
             of_process = found.setdefault(raw.process, {})
             if raw.request in of_process:
                 # A request from before that has gone unseen, and a later one at its address.
-                self._maps["overflow"].delete(bytes(RequestKey(raw.request, raw.process)))
+                self._take_out(raw.request, raw.process)
             of_process[raw.request] = record_of(raw)
 
     def _way_of(self, pid: int, request: int) -> int | None:
@@ -556,17 +572,24 @@ class Programs:
         raw = self._raw(pid, request)
         return None if raw is None or raw.done_ns == CALLED else record_of(raw)
 
-    def adopt(self, pid: int, record: Record, known: bool) -> None:
-        """Follow a request that the probes did not see from its submit on."""
+    def adopt(self, pid: int, record: Record, known: bool) -> bool:
+        """Follow a request that the probes did not see from its submit on; False where there is no room for it."""
         flags = record.flags | FLAG_OVERFLOW
         number, kind = self._number(pid), KINDS.index(record.kind)
         raw = RequestRecord(record.request, record.submit_ns, record.done_ns, number, NO_FD, kind, flags)
-        process = self._process(pid)
-        if not process.overflow:
-            process.overflow = 1
-            self._maps["processes"].update(self._process_key(pid), bytes(process))
         key = bytes(RequestKey(record.request, number))
-        self._maps["overflow"].update(key, bytes(raw), EXIST if known else NOEXIST)
+        if known:
+            self._maps["overflow"].update(key, bytes(raw), EXIST)
+            return True
+        process = self._process(pid)
+        if self._what.shared and self._in_overflow(pid, process) >= self._what.overflow_of_one:
+            return False
+        process.overflow = 1
+        self._maps["processes"].update(self._process_key(pid), bytes(process))
+        put = self._maps["overflow"].update(key, bytes(raw), NOEXIST)
+        if put and self._what.shared:
+            self._add_taken(pid, -1)
+        return put or self._maps["overflow"].lookup(key) is not None
 
     def forget(self, pid: int, record: Record) -> bool:
         """Drop a record, unless it has become another one; whether it was there."""
@@ -574,12 +597,28 @@ class Programs:
         if place is None or self._mapped is None:
             found = self.record(pid, record.request) == record
             if found:
-                self._maps["overflow"].delete(bytes(RequestKey(record.request, self._number(pid))))
+                self._take_out(record.request, self._number(pid))
             return found
         if record_of(RequestRecord.from_buffer_copy(self._mapped, place)) != record:
             return False
         self._free(place)
         return True
+
+    def _take_out(self, request: int, number: int) -> None:
+        """Out of the map `overflow`, by what the programs call the process; they know how many are there."""
+        if self._maps["overflow"].delete(bytes(RequestKey(request, number))) and self._what.shared:
+            self._add_taken(number, 1)
+
+    def _in_overflow(self, pid: int, process: Process) -> int:
+        raw = self._maps["shares"].lookup(self._process_key(pid))
+        share = Share.from_buffer_copy(raw) if raw else Share()
+        return int(share.entered - share.left - process.taken)
+
+    def _add_taken(self, pid: int, count: int) -> None:
+        process = self._process(pid)
+        if process.mode or pid in self._watched:
+            process.taken += count
+            self._maps["processes"].update(self._process_key(pid), bytes(process))
 
     def _free(self, place: int) -> None:
         assert self._mapped is not None
@@ -691,14 +730,21 @@ class Probes:
         """One request's record now, or None."""
         return self._programs.record(self._pid, request)
 
-    def adopt(self, request: int, kind: str, seen_ns: int, done: bool) -> None:
-        """Follow a request that was there when we came, unless the probes follow it already."""
+    def adopt(self, request: int, kind: str, seen_ns: int, done: bool) -> bool:
+        """Follow a request that was there when we came, unless the probes follow it already.
+
+        False where there is no room for it.
+        """
         known = self.record(request)
         if known and not (known.before and done and not known.done_ns):
-            return
+            return True
         submit_ns = known.submit_ns if known else seen_ns
         made = Record(request, submit_ns, seen_ns if done else 0, kind, FLAG_BEFORE)
-        self._programs.adopt(self._pid, made, known is not None)
+        return self._programs.adopt(self._pid, made, known is not None)
+
+    def lost(self) -> int:
+        """How many requests could not be followed."""
+        return self._programs.lost(self._pid)[0]
 
     def settled(self) -> None:
         """All requests that were there when we came were adopted that are there still."""

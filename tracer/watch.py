@@ -92,8 +92,10 @@ FRESH_S = 0.02
 def parameters_of(build: Build, settings: Settings, shared: bool = False) -> probes.Parameters:
     """What the programs for this build are compiled for."""
     order = posix_aio.order_of(build.version)
+    if not shared:
+        return probes.Parameters(settings.max_requests, settings.deadline_s, order)
     return probes.Parameters(
-        settings.max_requests, settings.deadline_s, order, shared, fresh_s=FRESH_S if shared else 0.0
+        settings.max_requests, settings.deadline_s, order, shared=True, fresh_s=FRESH_S, shares=probes.SHARES
     )
 
 

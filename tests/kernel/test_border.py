@@ -32,6 +32,7 @@ STRUCTURES = {
     "request_set": maps.RequestSet,
     "request_key": maps.RequestKey,
     "process": maps.Process,
+    "share": maps.Share,
     "statistics_key": maps.StatisticsKey,
     "stage_statistics": maps.StageStatistics,
     "statistics": maps.KindStatistics,
@@ -44,6 +45,8 @@ TABLES: dict[str, tuple[Any, Any]] = {
     "statistics": (maps.StatisticsKey, maps.KindStatistics),
     "template": (ct.c_uint32, maps.KindStatistics),
 }
+# Those that are there only where processes share them.
+SHARED_TABLES: dict[str, tuple[Any, Any]] = {"shares": (ct.c_uint32, maps.Share)}
 
 
 @remember
@@ -87,7 +90,8 @@ def test_maps_are_made_as_they_were_compiled(
     loaded = Programs(pool.file, list(pool.sites.values()), ELEMENT, Parameters(77, set_bits=3, shared=shared))
     made = dict(loaded._maps)
     assert {name: (each.key_size, each.value_size) for name, each in made.items()} == {
-        name: (ct.sizeof(key), ct.sizeof(value)) for name, (key, value) in TABLES.items()
+        name: (ct.sizeof(key), ct.sizeof(value))
+        for name, (key, value) in (TABLES | SHARED_TABLES if shared else TABLES).items()
     }
     assert {name: each.entries for name, each in made.items()} == {
         "requests": 8,
@@ -95,6 +99,7 @@ def test_maps_are_made_as_they_were_compiled(
         "processes": probes.MAX_PROCESSES if shared else 1,
         "statistics": most,
         "template": 1,
+        **({"shares": probes.MAX_PROCESSES} if shared else {}),
     }
     # The kernel's word on what it allocates later.
     later = {name for name, each in made.items() if flags_of(each) & kernel.NO_PREALLOC}
@@ -118,7 +123,7 @@ def compiled_c(folder: Path, text: str) -> str:
 def header_program(statements: str) -> str:
     header = f'#include "{source_folder() / "aio_trace.h"}"'
     includes = "#include <stddef.h>\n#include <stdint.h>\n#include <stdio.h>\n"
-    types = f"{includes}typedef uint64_t u64; typedef uint32_t u32; typedef uint16_t u16; typedef int32_t s32;"
+    types = includes + "".join(f"typedef {'u' * (c == 'u')}int{n}_t {c}{n};" for c in "us" for n in (16, 32, 64))
     return f"{types}\n{header}\nint main(void) {{ {statements} }}"
 
 

@@ -289,3 +289,68 @@ def test_in_a_pid_namespace(program: Path, how: str) -> None:
     )
     expected = {"submitted": 502, "done": 501, "completed": 500}
     assert (done.returncode, done.stdout, done.stderr) == (0, f"{expected} 2\n", "")
+
+
+@pytest.fixture
+def quotas(three: list[Miniature]) -> Iterator[Programs]:
+    """Sixteen places in sets and 32 besides, of which one process has half of the sets and eight besides."""
+    what = Parameters(shared=True, set_bits=2, max_requests=32, shares=4)
+    programs = Programs(three[0].file, list(three[0].sites.values()), ELEMENT, what)
+    yield programs
+    programs.close()
+
+
+def test_a_flood_of_one_takes_only_its_share(three: list[Miniature], quotas: Programs) -> None:
+    """Made-up requests that are never done, at every address there is: the other's are all followed."""
+    flood, honest, late = three
+    one, other = enter(flood, quotas), enter(honest, quotas)
+    for _ in range(3):
+        flood.do(" ".join(f"s{slot}" for slot in range(200)))
+    assert len(one.records()) <= 8 + 8
+    assert one.lost() > 0
+    for slot in range(12):
+        honest.do(f"s{slot} d{slot}")
+    assert len(other.records()) == 12
+    assert other.lost() == 0
+    third = enter(late, quotas)
+    late.do("s1 s2 s3 d3")
+    assert (len(third.records()), third.lost()) == (3, 0)
+    for each, pool in ((other, honest), (third, late)):
+        pool.do(" ".join(f"d{slot} c{slot}" for slot in range(12)))
+        assert (each.records(), each.lost()) == ({}, 0)
+
+
+def test_a_share_is_given_back(three: list[Miniature], quotas: Programs) -> None:
+    """However a request leaves, by its end, by user space, by another at its address: there is room for the next."""
+    flood = three[0]
+    one = enter(flood, quotas)
+    for number in range(30):
+        flood.do(" ".join(f"s{slot} d{slot}" for slot in range(16)))
+        held = one.records()
+        assert len(held) + one.lost() >= 16
+        assert len(held) > 8, number  # some of them are in `overflow`
+        before = one.lost()
+        if number % 3 == 0:
+            for record in held.values():
+                one.forget(record)
+        if number % 3 == 1:
+            for request in range(200, 208):
+                one.adopt(flood.element(request), "write", 1, done=False)
+        flood.do(" ".join(f"c{slot}" for slot in [*range(16), *range(200, 208)]))
+        assert one.records() == {}
+        assert one.lost() == before
+    one.adopt(flood.element(1), "write", 1, done=False)
+    assert one.records().keys() == {flood.element(1)}
+
+
+def test_made_up_files_take_only_their_share(three: list[Miniature], quotas: Programs) -> None:
+    flood, honest, _ = three
+    one, other = enter(flood, quotas), enter(honest, quotas)
+    for slot in (0, 1):
+        for first in range(0, 6000, 1000):
+            flood.do(" ".join(f"f0:{fd} t0:{1 << slot} s0 d0 c0" for fd in range(first, first + 1000)))
+    share = probes._max_statistics(WHAT) // 4
+    assert len(one.statistics()) <= share + len(KINDS)
+    assert sum(each.completed for each in one.statistics().values()) == 12000
+    honest.do("f0:77 t0:2 s0 d0 c0")
+    assert other.statistics()["write", 77].completed == 1
