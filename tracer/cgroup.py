@@ -46,7 +46,7 @@ def memory_limit(pid: int | str = "self") -> int | None:
 
 def _groups(pid: int | str, controller: str) -> Iterator[str]:
     """The folders of its groups, of the second version and of this controller's first."""
-    for line in _text(f"/proc/{pid}/cgroup").splitlines():
+    for line in filter(None, _text(f"/proc/{pid}/cgroup").split("\n")):
         _, controllers, path = line.split(":", 2)
         if not controllers:
             yield from (f"{ROOT}{path}", f"{ROOT}/unified{path}")
@@ -64,7 +64,7 @@ def _upwards(group: str) -> Iterator[str]:
 
 def _text(path: str) -> str:
     try:
-        with open(path, encoding="utf-8", errors="replace") as file:
-            return file.read()
+        with open(path, "rb") as file:
+            return os.fsdecode(file.read())
     except OSError:
         return ""

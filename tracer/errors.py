@@ -7,6 +7,7 @@ that can be pasted, and the exit status of the command. Knows nothing of where t
 from __future__ import annotations
 
 import errno
+from typing import Any
 
 from tracer.text import printable
 
@@ -27,6 +28,16 @@ class AioTraceError(Exception):
         self.message = printable(message)
         super().__init__(self.message)
         self.hint = hint
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """How pickle takes it to another process: as it is, without its constructor."""
+        return _rebuilt, (type(self), self.args, self.__dict__)
+
+
+def _rebuilt(kind: type[AioTraceError], arguments: tuple[Any, ...], members: dict[str, Any]) -> AioTraceError:
+    made = kind.__new__(kind, *arguments)
+    made.__dict__.update(members)
+    return made
 
 
 class UsageError(AioTraceError):

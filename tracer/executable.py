@@ -55,6 +55,11 @@ class Executable:
         return identity_of(os.fstat(self._fd))
 
     @property
+    def fd(self) -> int:
+        """The descriptor, for a child process to keep."""
+        return self._fd
+
+    @property
     def path(self) -> str:
         """A path for the kernel that leads to this very file, under no name of the file's own."""
         return f"/proc/self/fd/{self._fd}"

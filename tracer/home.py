@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import struct
+import time
 
 from tracer.errors import FaultError
 from tracer.records import dataclass
@@ -22,6 +23,8 @@ WORK_SYSCALLS = FILE_SYSCALLS | {"copy_file_range"}
 CONTEXT_SIZE = 1024
 STACK_SIZE = 1 << 20
 TLS_SIZE = 8192
+#: What a search through stacks takes at most, of a processor's time; seconds.
+MOST_S = 0.5
 #: From AioContext.bh_slice_list to AioContext.notifier; bytes.
 SLICES = 20
 MAX_POLL_SET = 65536
@@ -50,13 +53,15 @@ def find_home(view: ProcessView, context: int, main_context: int | None, worker_
     if context == main_context:
         return view.pid
     regions = view.regions()
-    candidates = [
-        thread
-        for thread in view.threads()
-        if not re.match(NOT_HOME, thread.name)
-        and (main_context is None or thread.tid != view.pid)
-        and _holds(view, _stack(view, regions, thread), context, worker_code)
-    ]
+    until = time.thread_time() + MOST_S
+    candidates = []
+    for thread in view.threads():
+        if re.match(NOT_HOME, thread.name) or (main_context is not None and thread.tid == view.pid):
+            continue
+        if _holds(view, _stack(view, regions, thread), context, worker_code):
+            candidates.append(thread)
+        if time.thread_time() >= until:
+            return None
     named = [thread for thread in candidates if thread.name.startswith("IO ")]
     for some in (named, candidates):
         if len(some) == 1:

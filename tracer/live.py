@@ -23,6 +23,8 @@ from tracer.view import Stack
 if TYPE_CHECKING:
     from tracer.unwind import Unwinder
 
+#: So many descriptors are looked at.
+MAX_FILES = 10000
 #: How often a thread that runs is looked at for its stack, and how long to wait in between (seconds).
 ATTEMPTS, PAUSE_S = 4, 0.0005
 
@@ -127,7 +129,8 @@ class LiveView:
             numbers = sorted({int(name) for name in os.listdir(f"/proc/{self.pid}/fd")}.difference(others))
         except OSError:
             return {}
-        return {fd: file for fd in numbers if (file := self.target.file_of(fd)) is not None}
+        # To look at all that a process may open would take seconds.
+        return {fd: file for fd in numbers[:MAX_FILES] if (file := self.target.file_of(fd)) is not None}
 
     def file_of(self, fd: int) -> str | None:
         """What a file descriptor refers to, or None."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 import time
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -60,6 +61,10 @@ class Looker:
         self._pool_counts: dict[int, tuple[float, ThreadCounts]] = {}
         self._walks: dict[int, tuple[float, RequestList]] = {}
         self._all_threads: tuple[float, list[Thread]] | None = None
+
+    def know_homes(self, homes: Mapping[int, int]) -> None:
+        """The thread (tid) that runs each context, as was found out before."""
+        self._homes.update(homes)
 
     def home(self, context: int) -> Thread | None:
         """The thread that runs `context`, now; None when it could not be found out."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 import struct
+import time
 from collections.abc import Iterable, Iterator
 
 from tracer.errors import FaultError, LayoutError, OutOfBounds
@@ -209,8 +210,11 @@ class PoolReader:
             word(layout.prev),
         )
 
-    def requests(self, pool: Pool) -> RequestList:
-        """Every request on the pool's list, newest first, as far as the list proves itself."""
+    def requests(self, pool: Pool, until: float | None = None) -> RequestList:
+        """Every request on the pool's list, newest first, as far as the list proves itself.
+
+        `until`: the thread's own CPU time (seconds) at which to leave it at what was read.
+        """
         found: list[Request] = []
         seen: set[int] = set()
         link = pool.address + self._layout.pool.head
@@ -219,6 +223,8 @@ class PoolReader:
             while address:
                 if address in seen or len(seen) >= MAX_REQUESTS:
                     return RequestList(tuple(found), "the list goes round in circles")
+                if until is not None and not len(seen) & 63 and time.thread_time() >= until:
+                    return RequestList(tuple(found), "it takes too long to read the list")
                 seen.add(address)
                 request = self.request(address)
                 if request.pool != pool.address or request.prev != link:
@@ -230,14 +236,16 @@ class PoolReader:
             return RequestList(tuple(found), error.message)
         return RequestList(tuple(found))
 
-    def patient_requests(self, pool: Pool) -> RequestList:
+    def patient_requests(self, pool: Pool, until: float | None = None) -> RequestList:
         """As requests(); a list that was torn is read again, and what was seen of it put together."""
         found: dict[int, Request] = {}
         for _ in range(WALKS):
-            listed = self.requests(pool)
+            listed = self.requests(pool, until)
             found |= {request.address: request for request in listed.requests}
             if listed.torn is None:
                 return listed
+            if until is not None and time.thread_time() >= until:
+                break
         return RequestList(tuple(found.values()), listed.torn)
 
     def linked(self, pool: Pool, address: int) -> Request | None:

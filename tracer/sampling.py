@@ -10,9 +10,10 @@ Does not know what is late.
 
 from __future__ import annotations
 
+import time
 from dataclasses import field, replace
 
-from tracer.errors import FaultError, LayoutError
+from tracer.errors import FaultError, LayoutError, OutOfBounds
 from tracer.layout import RequestState
 from tracer.maps import FLAG_BEFORE, FLAG_NO_CALLBACK, Record
 from tracer.memory import MemoryReader
@@ -22,6 +23,8 @@ from tracer.records import dataclass
 
 #: A list that is torn is walked once more; then what was known before is looked up by its address.
 WALKS = 2
+#: What a sample takes at most, of a processor's time; seconds.
+MOST_S = 0.5
 
 
 @dataclass(frozen=True)
@@ -58,11 +61,17 @@ class MemorySampler:
     _looks: dict[int, _Look] = field(default_factory=dict)
 
     def sample(self, now_ns: int) -> None:
-        """Read all pools; `now_ns` is CLOCK_MONOTONIC. A pool that is none any more is left out from now on."""
+        """Read all pools; `now_ns` is CLOCK_MONOTONIC. A pool that is none any more is left out from now on.
+
+        Raises OutOfBounds where that takes longer than with any QEMU.
+        """
         looks = {}
+        until = time.thread_time() + MOST_S
         for pool in list(self.pools):
+            if time.thread_time() >= until:
+                raise OutOfBounds("more requests are under way in it than can be sampled")
             before = self._looks.get(pool.address, _Look(at_ns=now_ns))
-            requests, whole = self._requests(pool, before)
+            requests, whole = self._requests(pool, before, until)
             if not whole and not self._is_pool(pool):
                 self.pools.remove(pool)
                 continue
@@ -75,10 +84,10 @@ class MemorySampler:
         except (FaultError, LayoutError):
             return False
 
-    def _requests(self, pool: Pool, before: _Look) -> tuple[list[Request], bool]:
+    def _requests(self, pool: Pool, before: _Look, until: float) -> tuple[list[Request], bool]:
         """The pool's requests, and whether they are all. What could not be read is not gone for that."""
         for _ in range(WALKS):
-            listed = self.reader.requests(pool)
+            listed = self.reader.requests(pool, until)
             if listed.torn is None:
                 return list(listed.requests), True
         found = {request.address for request in listed.requests}

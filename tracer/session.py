@@ -10,30 +10,35 @@ import os
 import select
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Generator, Sequence
 from contextlib import suppress
+from functools import partial
 from typing import TYPE_CHECKING
 
 from tracer import kept, probes, records
 from tracer.build import Build, build_of, debug_place, host_place
-from tracer.errors import AioTraceError, HostError, NoSuchProcess, NotQemu, SitesNotFound, TargetExited
+from tracer.errors import AioTraceError, HostError, NoSuchProcess, NotQemu, OutOfBounds, SitesNotFound, TargetExited
 from tracer.events import Alert, Event, Failure
 from tracer.executable import Executable, Identity, identity_of
+from tracer.preparing import Preparations, apart
 from tracer.records import dataclass
 from tracer.spending import HitPrice
 from tracer.target import Target, ended, list_pids, looks_like_qemu, open_target, qemu_hint
-from tracer.watch import MODES, Settings, Watch, parameters_of
+from tracer.watch import MODES, Settings, Watch, find_pools, parameters_of
 
 if TYPE_CHECKING:
-    import subprocess
-
+    from tracer.apart import Errand
+    from tracer.commands import Commands
     from tracer.nudger import Nudger
+    from tracer.preparing import Steps
 
 FOREVER_S = 3600.0
 #: More processes of one executable than this share their probes.
 SHARED_FROM = 4
 #: How often new QEMUs are looked for; and how much sooner than planned one may be looked at with others; seconds.
 FOLLOW_S, TOGETHER_S = 2.0, 0.05
+#: Tables and the duration count from when all that were there at first are attached, or slow; or after this; seconds.
+START_S = 30.0
 #: At every so many looks for new QEMUs, those processes are looked at again that were none before.
 EVERYBODY = 15
 
@@ -97,11 +102,15 @@ class Session:
         self._out_fd = out_fd
         self._watches: dict[int, Watch] = {}
         self._known: dict[Identity, Known] = {}
-        self._children: list[subprocess.Popen[bytes]] = []
+        self._commands: Commands | None = None
         self._nudger: Nudger | None = None
         self._price = HitPrice()
         self._shared: dict[Identity, probes.Programs] = {}
         self._crowded: Collection[Identity] = ()
+        self._preparations = Preparations(bounded=options.follow or len(pids) > 1)
+        self._understanding: set[Identity] = set()  # by the preparations under way
+        self._coming: dict[int, Identity] = {}  # what those will watch
+        self._ready = False
         self._newcomers = Newcomers(pids)
         self._next_look = 0.0
         self.alerts = 0
@@ -121,18 +130,19 @@ class Session:
         self._crowded = crowded_executables(targets)
         try:
             for target in targets:
-                if not self._stop.requested:
-                    self._start(target, started)
-            self._get_ready()
+                self._preparations.add(self._preparing(target, started))
             self._loop()
         finally:
             self._end()
 
     def _get_ready(self) -> None:
         """Import and make what only an alert needs: to be attached must not wait for it, nor must the alert."""
-        if self._options.on_alert:
-            import subprocess  # noqa: F401
-        if self._watches:
+        if self._options.on_alert and self._commands is None:
+            from tracer.commands import Commands
+
+            self._commands = Commands(self._options.on_alert)
+        if self._watches and not self._ready:
+            self._ready = True
             from tracer import eh_frame, events, home, inspect, looking, posix_aio, unwind, verdict, view
 
             records.get_ready(eh_frame, events, home, inspect, looking, posix_aio, unwind, verdict, view)
@@ -142,7 +152,9 @@ class Session:
             return open_target(pid)
         except AioTraceError as error:
             self._failed(error, pid)
-            return None
+        except Exception as error:  # whatever it has made of its /proc
+            self._failed(_strange(pid, error), pid)
+        return None
 
     def _failed(self, error: AioTraceError, pid: int) -> None:
         if self._options.follow and isinstance(error, NoSuchProcess) and pid not in self._options.named:
@@ -152,34 +164,30 @@ class Session:
         self.failures += 1
         self._emit(Failure(time.time(), pid, error.message, error.hint))
 
-    def _start(self, target: Target, started: float) -> None:
+    def _preparing(self, target: Target, started: float) -> Steps:
+        """The way of one process to its watch. What goes wrong with it is its own affair."""
+        fd = -1
         try:
             fd = os.pidfd_open(target.pid)
-            try:
-                # Only now: what the descriptor refers to is known to be this very process.
-                target.check_alive()
-                watch = self._attached(target, started)
-            except BaseException:
-                os.close(fd)
-                raise
+            # Only now: what the descriptor refers to is known to be this very process.
+            target.check_alive()
+            self._watches[fd] = yield from self._attaching(target, started)
+            fd = -1
         except BrokenPipeError:
             raise
-        except (AioTraceError, OSError) as error:
-            self._forget_unused()
+        except Exception as error:
             self._failed(_explained(target, error), target.pid)
-            return
-        if watch:
-            self._watches[fd] = watch
-        else:
-            os.close(fd)
+        finally:
+            if fd >= 0:
+                os.close(fd)
+            self._coming.pop(target.pid, None)
+            self._forget_unused()
 
-    def _attached(self, target: Target, started: float) -> Watch | None:
-        """A watch that is attached; None where we were told to stop before."""
-        executable = self._know(target)
-        known = self._known[executable]
-        if self._stop.requested:
-            return None
-        programs = self._programs_of(executable, known) if self._to_share(executable, known, target) else None
+    def _attaching(self, target: Target, started: float) -> Generator[Errand | None, None, Watch]:
+        """A watch that is attached. All that reads the process's files and its heap is done apart."""
+        known = yield from self._know(target)
+        executable = self._coming[target.pid]
+        programs = self._programs_of(executable, known) if self._to_share(executable, known.shareable, target) else None
         watch = Watch(target, known.build, self._options.settings, self._emit, self._price)
         watch.executable = executable
         try:
@@ -188,15 +196,16 @@ class Session:
                 from tracer.nudger import Nudger
 
                 self._nudger = Nudger(target, known.build, self._options.nudge, self._progress)
-            watch.attach(started, known.file, programs)
+            watch.attach_probes(known.file, programs)
+            watch.begin(started, (yield from apart(partial(find_pools, target, known.build))))
         except BaseException:
             watch.close()
             raise
         return watch
 
-    def _to_share(self, executable: Identity, known: Known, target: Target) -> bool:
+    def _to_share(self, executable: Identity, shareable: bool, target: Target) -> bool:
         wanted = self._options.follow or executable in self._crowded
-        return wanted and known.shareable and probes.can_be_shared(target.pid)
+        return wanted and shareable and probes.can_be_shared(target.pid)
 
     def _programs_of(self, executable: Identity, known: Known) -> probes.Programs | None:
         """Those that all processes of this executable share."""
@@ -209,95 +218,89 @@ class Session:
             self._shared[executable] = probes.Programs(known.file, sites, located.layout.element, what)
         return self._shared[executable]
 
-    def _know(self, target: Target) -> Identity:
-        """What the process runs: opened here and never again, understood if it was not yet; its key in `_known`."""
+    def _know(self, target: Target) -> Generator[Errand | None, None, Known]:
+        """What the process runs: opened here and never again, understood if it was not yet; its key is in `_coming`."""
         file = Executable.of(target)
         try:
             executable = file.identity
-            if executable in self._known:
-                file.close()
-                return executable
-            known = self._understood(target, file)
-            if not known.shareable:
-                executable = (*executable, target.pid, target.start_time)
-            self._known[executable] = known
+            while executable in self._understanding:
+                yield None
+            known = self._known.get(executable)
+            if known is None:
+                known = yield from self._understand(target, file, executable)
+                executable = executable if known.shareable else (*executable, target.pid, target.start_time)
         except BaseException:
             file.close()
             raise
-        return executable
+        if known.file is not file:
+            file.close()
+        self._known[executable] = known
+        self._coming[target.pid] = executable
+        return known
 
-    def _understood(self, target: Target, file: Executable) -> Known:
-        """By what the process has no say in; only where that does not tell, by its own debug files, for it alone."""
-        name, only = f"process {target.pid} ({target.exe})", self._options.settings.locate_by
+    def _understand(
+        self, target: Target, file: Executable, executable: Identity
+    ) -> Generator[Errand | None, None, Known]:
+        self._understanding.add(executable)
         try:
-            try:
-                if not only:
-                    return Known(file, kept.read_build(file, name, host_place(target)), True)
-                with file.image() as image:
-                    return Known(file, build_of(image, name, only, host_place(target)), True)
-            except SitesNotFound:
-                with file.image() as image:
-                    return Known(file, build_of(image, name, only, debug_place(target)), False)
-        except NotQemu as error:
-            error.hint = qemu_hint(target.pid)
-            raise
-        except OSError as error:
-            raise ended(target.pid, error) from error
+            build, shareable = yield from apart(
+                partial(understood, target, file, self._options.settings.locate_by), [file.fd]
+            )
+        finally:
+            self._understanding.discard(executable)
+        return Known(file, build, shareable)
 
     def _emit(self, event: Event) -> None:
         if isinstance(event, Alert):
             self.alerts += 1
-            if self._options.on_alert:
-                self._run_command(self._options.on_alert, event)
+            self._get_ready()
+            if self._commands:
+                self._run_commands(partial(self._commands.run, event))
             if self._nudger:
                 self._nudger.ask(event)
         self._emit_to(event)
 
-    def _run_command(self, command: str, alert: Alert) -> None:
-        """Start the user's command with the alert in its environment; it is not waited for."""
-        values = {
-            "PID": alert.pid,
-            "REQUEST": f"{alert.request:#x}",
-            "CAUSE": alert.cause,
-            "KIND": alert.kind,
-            "FILE": alert.file,
-            "STATE": alert.state,
-            "EXPLANATION": alert.explanation,
-        }
-        import subprocess
-
-        environment = {f"AIO_TRACE_{k}": str(v) for k, v in values.items() if v is not None}
+    def _run_commands(self, run: Callable[[], None]) -> None:
         try:
-            self._children.append(
-                subprocess.Popen(command, shell=True, env=os.environ | environment, stdin=subprocess.DEVNULL, stdout=2)
-            )
+            run()
         except OSError as error:
-            self._emit(Failure(time.time(), alert.pid, f"--on-alert could not be run: {error}", None))
+            self._emit(Failure(time.time(), None, f"--on-alert could not be run: {error}", None))
 
     def _loop(self) -> None:
-        began = time.monotonic()
         interval, duration = self._options.interval_s, self._options.duration_s
-        next_table = began + interval if interval else float("inf")
-        end = began + duration if duration else float("inf")
-        while (self._watches or self._options.follow) and not self._stop.requested:
+        next_table = end = float("inf")
+        began = None
+        latest = time.monotonic() + START_S
+        while (self._watches or self._preparations or self._options.follow) and not self._stop.requested:
+            self._preparations.go_on()
+            self._get_ready()
             now = time.monotonic()
+            if began is None and (not self._preparations.hurried or now >= latest):
+                began = now
+                next_table = began + interval if interval else float("inf")
+                end = began + duration if duration else float("inf")
             if now >= end:
                 return
             self._scan_due(now)
             if now >= next_table:
-                for watch in self._watches.values():
-                    watch.counts(final=False)
+                self._tables()
                 next_table += interval * max(1, -(-(now - next_table) // interval))
             if self._options.follow and now >= self._next_look:
                 self._look_for_newcomers()
-            if not self._watches and not self._options.follow:
+                self._preparations.go_on()
+            if not self._watches and not self._preparations and not self._options.follow:
                 return  # the last one has ended under our eyes
             due = min([end, next_table, *(watch.next_scan for watch in self._watches.values())])
             if self._options.follow:
                 due = min(due, self._next_look)
-            self._wait(min(due - time.monotonic(), FOREVER_S))
+            self._wait(min(due - time.monotonic(), FOREVER_S, self._preparations.due_s()))
             self._collect_nudges()
-            self._children = [child for child in self._children if child.poll() is None]
+            if self._commands:
+                self._run_commands(self._commands.go_on)
+
+    def _tables(self) -> None:
+        for fd, watch in list(self._watches.items()):
+            self._guarded(fd, watch, lambda watch: watch.counts(final=False))
 
     def _collect_nudges(self) -> None:
         for event in self._nudger.collect() if self._nudger else ():
@@ -316,20 +319,34 @@ class Session:
             started = time.monotonic()
             target = self._open(pid)
             if target:
-                self._start(target, started)
+                self._preparations.add(self._preparing(target, started))
         self._next_look = time.monotonic() + FOLLOW_S
 
     def _scan(self, fd: int, watch: Watch) -> None:
+        self._guarded(fd, watch, lambda watch: watch.scan())
+
+    def _guarded(self, fd: int, watch: Watch, what: Callable[[Watch], None]) -> None:
+        """Do something with one watch. Where that fails, this one ends, and no other."""
         try:
-            watch.scan()
+            what(watch)
+        except BrokenPipeError:
+            raise
         except TargetExited as error:
             self._target_ended(fd, error.message)
+        except Exception as error:
+            self.failures += 1
+            explained = _explained(watch.target, error)
+            self._emit(Failure(time.time(), watch.target.pid, explained.message, explained.hint))
+            self._target_ended(fd, f"process {watch.target.pid} is not watched any more")
+            self._newcomers.forget(watch.target.pid)
 
     def _wait(self, timeout_s: float) -> None:
         """Sleep until something is due, a process ends, we are told to stop or nobody reads any more."""
         poller = select.poll()
         poller.register(self._stop.fd, select.POLLIN)
         for fd in self._watches:
+            poller.register(fd, select.POLLIN)
+        for fd in (*self._preparations.fds(), *(self._commands.fds if self._commands else ())):
             poller.register(fd, select.POLLIN)
         if self._nudger is not None:
             poller.register(self._nudger.fd, select.POLLIN)
@@ -347,14 +364,23 @@ class Session:
         try:
             watch.ended(reason)
             self._refresh()
-            watch.counts(final=True)
+            self._last_counts(watch)
         finally:
             watch.close()
             self._forget_unused()
 
+    def _last_counts(self, watch: Watch) -> None:
+        try:
+            watch.counts(final=True)
+        except BrokenPipeError:
+            raise
+        except Exception as error:
+            explained = _explained(watch.target, error)
+            self._emit(Failure(time.time(), watch.target.pid, explained.message, explained.hint))
+
     def _forget_unused(self) -> None:
         """What was made for executables that no watched process runs any more."""
-        used = {watch.executable for watch in self._watches.values()}
+        used = {*(watch.executable for watch in self._watches.values()), *self._coming.values()}
         for executable in self._shared.keys() - used:
             self._shared.pop(executable).close()
         for executable in self._known.keys() - used:
@@ -367,13 +393,16 @@ class Session:
     def _end(self) -> None:
         """Summaries, then nothing left attached whatever happens."""
         try:
+            self._preparations.abandon()
             self._end_nudges()
             self._refresh()
             for watch in self._watches.values():
-                with suppress(TargetExited):
+                with suppress(AioTraceError, OSError, ValueError):
                     watch.last_look()
-                watch.counts(final=True)
+                self._last_counts(watch)
         finally:
+            if self._commands:
+                self._commands.close()
             for programs in self._shared.values():
                 programs.close()
             for fd, watch in self._watches.items():
@@ -402,6 +431,10 @@ class Newcomers:
         self._seen: dict[int, int] = {}  # how often each pid was seen
         self._looks = 0
 
+    def forget(self, pid: int) -> None:
+        """It may be found once more, when all are looked at again."""
+        self._known.discard(pid)
+
     def look(self) -> list[int]:
         """QEMUs since the last look."""
         pids = set(list_pids())
@@ -424,12 +457,38 @@ def crowded_executables(targets: Sequence[Target]) -> set[Identity]:
     return {executable for executable, times in count.items() if times > SHARED_FROM}
 
 
-def _explained(target: Target, error: AioTraceError | OSError) -> AioTraceError:
+def understood(target: Target, file: Executable, only: str | None) -> tuple[Build, bool]:
+    """What the file tells, and whether that is good for others that run it.
+
+    By what the process has no say in; only where that does not tell, by its own debug files, for it alone.
+    """
+    name = f"process {target.pid} ({target.exe})"
+    try:
+        try:
+            if not only:
+                return kept.read_build(file, name, host_place(target)), True
+            with file.image() as image:
+                return build_of(image, name, only, host_place(target)), True
+        except SitesNotFound:
+            with file.image() as image:
+                return build_of(image, name, only, debug_place(target)), False
+    except NotQemu as error:
+        error.hint = qemu_hint(target.pid)
+        raise
+    except OSError as error:
+        raise ended(target.pid, error) from error
+
+
+def _strange(pid: int, error: Exception) -> AioTraceError:
+    return HostError(f"process {pid} cannot be looked at: {error or type(error).__name__}")
+
+
+def _explained(target: Target, error: Exception) -> AioTraceError:
     """The error as people should read it: much fails in odd ways when the process ends meanwhile."""
     if not target.alive:
         return NoSuchProcess(f"process {target.pid} ended while it was looked at")
     if isinstance(error, SitesNotFound):
         error.hint = error.hint or f"aio-trace check --pid {target.pid}"
-    if isinstance(error, AioTraceError):
-        return error
-    return HostError(f"process {target.pid} cannot be looked at: {error}")
+    if isinstance(error, OutOfBounds):
+        return OutOfBounds(f"process {target.pid} is not watched: {error.message}", error.hint)
+    return error if isinstance(error, AioTraceError) else _strange(target.pid, error)

@@ -59,6 +59,8 @@ RESTART_SYSCALL = {X86_64.name: 219, AARCH64.name: 128}
 _FUTEX_WAIT_BITSET = (0x89, 0x189)
 _MATCH_ANY = 0xFFFFFFFF
 _MAX_POLL_SET = 65536
+#: Threads that are looked at, and bytes of a text of /proc: a process may make as many as it likes.
+MAX_THREADS, MAX_TEXT = 4096, 64 << 20
 LAST_CPU = 36  # proc(5): /proc/PID/stat's 39th field; here they count from the third
 PAGE_ZERO = 4096  # no address is below it
 
@@ -156,12 +158,13 @@ def trace_line(*pids: int) -> str:
 
 
 def read_text(path: str) -> str:
-    """A text of /proc as it is: its lines end with a newline alone, and names in it may hold any other byte.
+    """A text of /proc as it is, or its first 64 MiB.
 
-    Python's own lines end at ten characters, of which a file's or a thread's name may be made.
+    Its lines end with a newline alone, and names in it may hold any other byte; Python's own lines end at ten
+    characters, of which a file's or a thread's name may be made.
     """
     with open(path, "rb") as file:
-        return os.fsdecode(file.read())
+        return os.fsdecode(file.read(MAX_TEXT))
 
 
 def _stat_fields(pid: int, tid: int | None = None) -> tuple[str, list[str]]:
@@ -279,8 +282,8 @@ class Target:
             return []
 
     def threads(self) -> list[Thread]:
-        """All threads now, the main thread first."""
-        return [thread for tid in self.tids() if (thread := self.thread(tid)) is not None]
+        """All threads now, the main thread first; of more than any QEMU has, the oldest."""
+        return [thread for tid in self.tids()[:MAX_THREADS] if (thread := self.thread(tid)) is not None]
 
     def _syscall(self, tid: int) -> SystemCall | None:
         try:
@@ -299,7 +302,7 @@ class Target:
             text = read_text(f"/proc/{self.pid}/maps")
         except OSError as error:
             raise ended(self.pid, error) from error
-        return list(_parse_maps(text))
+        return list(_parse_maps(text[: text.rfind("\n") + 1]))
 
     def entry_address(self) -> int:
         """Where the executable's entry point was loaded (AT_ENTRY); less e_entry it is the load bias."""

@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import closing, suppress
 from dataclasses import field
+from functools import partial
 
 from tracer import figures, posix_aio, probes
+from tracer.apart import Errand
 from tracer.budget import Decision
 from tracer.build import Build, load
 from tracer.descriptors import Descriptors
-from tracer.errors import HostError
+from tracer.errors import FaultError, HostError, LayoutError
 from tracer.events import (
     Alert,
     Attached,
@@ -65,6 +68,16 @@ PROOF_S, FAILED_S = 0.25, 0.25
 MANY_ALERTS, MANY_ALERTS_S, TOGETHER_S = 8, 10.0, 1.0
 #: What is said of requests whose home thread runs, and comes round late.
 FOR_SLOWNESS = frozenset({LOOP_BUSY, UNKNOWN})
+#: So long a search for pools may take, and how often to see whether it has ended; seconds.
+SEARCH_MOST_S, SEARCHING_S = 60.0, 0.05
+#: Of the tracer's processor, what samples take of the time, at most.
+SAMPLE_SHARE = 1 / 20
+#: What late requests of one process take of that at a time (seconds), and of the time; so many are told of at once.
+SLICE_S, SLICE_SHARE, MOST_ALERTED = 0.2, 1 / 2, 1024
+#: What it may take to adopt those that were there before; of a processor's time, seconds.
+ADOPT_S = 1.0
+#: How long memory is sampled because requests could not be followed: the first time, and at most; seconds.
+SAMPLED_S, SAMPLED_MOST_S = 30.0, 600.0
 #: How often to see whether the process still runs the same program; seconds.
 PROGRAM_S = 5.0
 #: How often to see whether the descriptors of known files are still the same files; seconds.
@@ -107,6 +120,25 @@ class _Alerted:
     causes: set[str] = field(default_factory=set)
     judged: float = 0.0
     cause: str = ""
+
+
+@dataclass(frozen=True)
+class Found:
+    """The pools of a process; by context, the thread that runs it (tid and name) where that shows."""
+
+    pools: tuple[Pool, ...]
+    homes: Mapping[int, tuple[int, str]]
+
+
+def find_pools(target: Target, build: Build) -> Found:
+    """All that the process's heap holds now. It takes as long as the process has made it; see tracer.apart."""
+    with closing(LiveView(target)) as view:
+        loaded = load(view, build)
+        looker = Looker(view, loaded)
+        pools = tuple(loaded.reader.find(view.heap_chunks()))
+        threads = {pool.context: looker.home(pool.context) for pool in pools}
+        target.check_alive()
+    return Found(pools, {context: (thread.tid, thread.name) for context, thread in threads.items() if thread})
 
 
 class Watch:
@@ -163,7 +195,14 @@ class Watch:
         self.next_scan = self._began
         self._tids: set[int] = set()
         self._new_threads = False
-        self._search_soon = self._search_latest = self._began
+        self._search_soon = self._search_latest = self._search_began = self._began
+        self._search: Errand | None = None
+        self._pools: list[Pool] = []
+        self._hurt = self._unfinished = False
+        self._mode_before = self._mode
+        self._lost = 0
+        self._sampled_until, self._sampled_s = 0.0, SAMPLED_S
+        self._sample_took = 0.0
 
     def _make_spending(self, price: HitPrice) -> Spending | None:
         if not self._settings.budget or self._mode == NONE:
@@ -182,6 +221,11 @@ class Watch:
         `file` is what the build was read from; it stays open while the watch lasts. `programs` are those that are
         shared by the processes of this build, if they are.
         """
+        self.attach_probes(file, programs)
+        self.begin(started, find_pools(self.target, self._build))
+
+    def attach_probes(self, file: Executable, programs: probes.Programs | None = None) -> None:
+        """The first half of attach()."""
         sites = self._build.located.sites_of(*MODES[self._mode])
         if sites:
             element = self._build.located.layout.element
@@ -190,7 +234,11 @@ class Watch:
             self.target.check_memory()
             self._probes.attach()
         self._tids = set(self.target.tids())
-        pools = self._reader.find(self._view.heap_chunks())
+
+    def begin(self, started: float, found: Found) -> None:
+        """The second half of attach(), with what was found after the first."""
+        self._looker.know_homes({context: tid for context, (tid, _) in found.homes.items()})
+        self._pools = pools = list(found.pools)
         in_flight = self._adopt(pools)
         self._take_names()
         now = time.monotonic()
@@ -205,8 +253,13 @@ class Watch:
                 self.target.exe,
                 self._build.version,
                 self._settings.mode,
-                tuple(ProbeInfo(s.name, s.address, s.strategy, s.cheap) for s in sites),
-                tuple(self._pool_info(pool) for pool in pools),
+                tuple(
+                    ProbeInfo(site.name, site.address, site.strategy, site.cheap)
+                    for site in self._build.located.sites_of(*MODES[self._mode])
+                ),
+                tuple(
+                    PoolInfo(pool.address, pool.context, *found.homes.get(pool.context, (None, None))) for pool in pools
+                ),
                 in_flight,
                 now - started,
                 self._notes(pools),
@@ -224,10 +277,6 @@ class Watch:
             )
         return tuple(notes)
 
-    def _pool_info(self, pool: Pool) -> PoolInfo:
-        thread = self._looker.home(pool.context)
-        return PoolInfo(pool.address, pool.context, thread.tid if thread else None, thread.name if thread else None)
-
     def _adopt(self, pools: list[Pool]) -> int:
         """Follow what is in the pools already; how many requests that were."""
         if self._probes is None or self._mode == NONE:
@@ -237,24 +286,31 @@ class Watch:
         self._sampler = None
         in_flight = 0
         adopted: set[int] = set()
+        until = time.thread_time() + ADOPT_S
         # Twice: one that became done between reading and adopting passed its probe unnoticed.
         for _ in range(2):
-            found = [request for pool in pools for request in self._reader.patient_requests(pool).requests]
+            found = [request for pool in pools for request in self._reader.patient_requests(pool, until).requests]
             in_flight = in_flight or len(found)
             for request in found:
                 adopted.add(request.address)
                 done = request.state == RequestState.THREAD_DONE
                 if self._with_submit or done:
                     kind = self._looker.operation(request).kind or "other"
-                    self._probes.adopt(request.address, kind, time.monotonic_ns(), done)
-        self._forget_gone(pools, adopted)
+                    self._hurt |= not self._probes.adopt(request.address, kind, time.monotonic_ns(), done)
+                if time.thread_time() >= until:
+                    self._hurt = True
+                    break
+        self._forget_gone(pools, adopted, until)
         self._probes.settled()
         self._adopted = bool(adopted)
         return in_flight
 
-    def _forget_gone(self, pools: list[Pool], adopted: set[int]) -> None:
+    def _forget_gone(self, pools: list[Pool], adopted: set[int], until: float) -> None:
         """One that was called back between reading and adopting passed its last probe unnoticed."""
         for address in adopted:
+            if time.thread_time() >= until:
+                self._hurt = True
+                return
             record = self._probes.record(address) if self._probes else None
             if record and record.before and all(self._reader.holds(pool, address) is False for pool in pools):
                 self._drop(record)
@@ -267,7 +323,7 @@ class Watch:
 
     def _spend(self, now: float) -> None:
         """Look at what the probes cost; use fewer, or more again, where the budget says so."""
-        if self._spending is None or self._probes is None or now < self._spending.due():
+        if self._spending is None or self._probes is None or now < max(self._spending.due(), self._sampled_until):
             return
         completed = None if self._mode == NONE else self._probes.completed()
         decision = self._spending.look(now, self._mode, completed)
@@ -275,8 +331,15 @@ class Watch:
             self._step(decision)
 
     def _step(self, decision: Decision) -> None:
-        before, self._mode = self._mode, decision.mode
+        before = self._mode
+        self._change_mode(decision.mode)
         self._stepped = self._stepped_in_period = True
+        if self._mode != before:
+            stepped = Stepped(time.time(), self.target.pid, before, self._mode, decision.share, self._settings.budget)
+            self._emit(stepped)
+
+    def _change_mode(self, mode: str) -> None:
+        before, self._mode = self._mode, mode
         assert self._probes is not None
         try:
             self._probes.step(MODES[self._mode])
@@ -286,10 +349,34 @@ class Watch:
             self._change_source()
         elif self._mode == FULL:
             # Those that are not done yet had no record.
-            self._adopt(self._reader.find(self._view.heap_chunks()))
-        if self._mode != before:
-            stepped = Stepped(time.time(), self.target.pid, before, self._mode, decision.share, self._settings.budget)
-            self._emit(stepped)
+            self._adopt(self._pools)
+            self._begin_search()
+
+    def _look_for_hurt(self, now: float) -> None:
+        """Where requests could not be followed, memory is sampled for a time: their alerts must come all the same."""
+        if self._probes is None:
+            return
+        if self._mode == NONE:
+            if self._sampled_until and now >= self._sampled_until:
+                self._sampled_until = 0.0
+                self._lost = self._probes.lost()
+                self._change_mode(self._mode_before)
+            return
+        if not self._hurt and self._probes.lost() <= self._lost:
+            return
+        self._hurt, self._mode_before = False, self._mode
+        self._sampled_until = now + self._sampled_s
+        self._sampled_s = min(2 * self._sampled_s, SAMPLED_MOST_S)
+        self._change_mode(NONE)
+        message = f"requests of process {self.target.pid} could not be followed, since too many were under way"
+        self._emit(
+            Failure(
+                time.time(),
+                self.target.pid,
+                f"{message}; its memory is sampled for a time, as with --probes none",
+                None,
+            )
+        )
 
     def _without_probes(self, error: HostError) -> None:
         """They were to be put back, and could not be: go on without, and do not try again."""
@@ -302,9 +389,12 @@ class Watch:
         """From the probes' records to those of memory, or back; what was told of stays told of."""
         assert self._probes is not None
         if self._mode == NONE:
-            for record in self._probes.records().values():
+            known = self._probes.records()
+            self._learn_pools([*self._alerted, *known])
+            for record in known.values():
                 self._probes.forget(record)
-        self._adopt(self._reader.find(self._view.heap_chunks()))
+        self._adopt(self._pools)
+        self._begin_search()
         records = self._records()
         for address, alerted in self._alerted.items():
             alerted.record = records.get(address, alerted.record)
@@ -321,6 +411,8 @@ class Watch:
         if self._probes is not None and self._mode != NONE and between:
             self._follow_alerted(now)
             return
+        self._take_search(now)
+        self._look_for_hurt(now)
         self._see_stop()
         records = self._records()
         if now >= self._next_program_look:
@@ -329,10 +421,7 @@ class Watch:
         if self._mode == NONE:
             now = time.monotonic()  # a proof takes its time
         self._resolve(records, now)
-        for record in records.values():
-            limit = self._limit_of(record)
-            if limit is not None and now >= max(limit, self._next_look):
-                self._consider(record, now)
+        self._consider_late(records, now)
         if self._next_look <= now and self._only_slow(now):
             self._next_look = now + TOGETHER_S
         self._ignored = {a: r for a, r in self._ignored.items() if records.get(a) == r}
@@ -342,6 +431,24 @@ class Watch:
         self._spend(now)
         self._plan(now, records)
         self._last_scan = now
+
+    def _consider_late(self, records: dict[int, Record], now: float) -> None:
+        """As many of the late ones as there is time for, those first that nobody was told of."""
+        late = [
+            record
+            for record in records.values()
+            if (limit := self._limit_of(record)) is not None and now >= max(limit, self._next_look)
+        ]
+        late.sort(key=lambda record: (record.request in self._alerted, record.done_ns or record.submit_ns))
+        until = time.thread_time() + SLICE_S
+        self._unfinished = False
+        for record in late:
+            if record.request not in self._alerted and len(self._alerted) >= MOST_ALERTED:
+                continue
+            if time.thread_time() >= until:
+                self._unfinished = True
+                return
+            self._consider(record, now)
 
     def _follow_alerted(self, now: float) -> None:
         """Between two looks at everything: whether one of those that were told of went on, if any."""
@@ -364,7 +471,7 @@ class Watch:
         if self._probes is not None and self._mode != NONE:
             return self._probes.records()
         if self._sampler is not None:
-            self._find_pools(time.monotonic())
+            self._look_for_pools(time.monotonic())
             self._sample(self._sampler)
             return self._prove(self._sampler)
         return {}
@@ -396,6 +503,10 @@ class Watch:
                 due = min([due, *(moment for moment in (limit - PROOF_S - self._sample_s, limit) if moment > now)])
             else:
                 due = min(due, max(limit, self._next_look))
+        if self._unfinished:
+            due = max(due, now + SLICE_S / SLICE_SHARE)
+        if self._search is not None:
+            due = min(due, now + SEARCHING_S)
         self._next_full = due
         if self._alerted:
             due = min(due, now + self._resolve_s(now))
@@ -489,22 +600,61 @@ class Watch:
 
     @property
     def _sample_s(self) -> float:
-        return min(max(self._settings.deadline_s / SAMPLES, SAMPLE_MIN_S), SAMPLE_S)
+        return max(
+            min(max(self._settings.deadline_s / SAMPLES, SAMPLE_MIN_S), SAMPLE_S), self._sample_took / SAMPLE_SHARE
+        )
 
-    def _find_pools(self, now: float) -> None:
+    def _look_for_pools(self, now: float) -> None:
         """Without probes: pools are made with the first request that needs them, and go with their iothread."""
         if self._sampler is None:
             return
         tids = set(self.target.tids())
         self._new_threads |= not tids <= self._tids
         self._tids = tids
-        if now < (self._search_soon if self._new_threads else self._search_latest):
+        if now >= (self._search_soon if self._new_threads else self._search_latest):
+            self._begin_search()
+
+    def _learn_pools(self, requests: Iterable[int]) -> None:
+        """The pools of requests that are known: what a search finds besides comes later."""
+        known = {pool.address for pool in self._pools}
+        until = time.thread_time() + SLICE_S
+        for address in requests:
+            if time.thread_time() >= until:
+                return
+            with suppress(FaultError, LayoutError):
+                pool = self._reader.pool(self._reader.request(address).pool)
+                if pool.address not in known:
+                    known.add(pool.address)
+                    self._pools.append(pool)
+
+    def _begin_search(self) -> None:
+        """Look for pools apart: all of a heap is read for that."""
+        if self._search is None:
+            self._search = Errand(partial(find_pools, self.target, self._build))
+            self._search_began = time.monotonic()
+            self._new_threads = False
+
+    def _take_search(self, now: float) -> None:
+        """What a search has found, if it has ended."""
+        if self._search is None:
             return
-        self._sampler.pools = self._reader.find(self._view.heap_chunks())
-        self._new_threads = False
-        ended = time.monotonic()
-        pause = (ended - now) / (SEARCH_SHARE if self._sampler.pools else SEARCH_SHARE_FIRST)
-        self._search_soon, self._search_latest = ended + max(pause, SEARCH_SOON_S), ended + max(pause, SEARCH_S)
+        over = now - self._search_began > SEARCH_MOST_S
+        if not over and not self._search.ready():
+            return
+        pause = (now - self._search_began) / (SEARCH_SHARE if self._pools else SEARCH_SHARE_FIRST)
+        self._search_soon, self._search_latest = now + max(pause, SEARCH_SOON_S), now + max(pause, SEARCH_S)
+        errand, self._search = self._search, None
+        if over:
+            errand.abandon()
+            return
+        found: Found = errand.outcome()
+        self._looker.know_homes({context: tid for context, (tid, _) in found.homes.items()})
+        new = set(found.pools) - set(self._pools)
+        self._pools = list(found.pools)
+        if self._sampler is not None:
+            self._sampler.pools = list(found.pools)
+        elif new and self._mode == FULL:
+            self._adopt(self._pools)
 
     def _drop(self, record: Record) -> None:
         """The request is gone from memory but not from the map: a hit was not seen, or came too late."""
@@ -586,7 +736,7 @@ class Watch:
         )
         self._snapshot, self._period_start, self._period_alerts = by_subject, now, 0
         self._late_before = late
-        self._stepped_in_period = self._mode != self._settings.mode
+        self._stepped_in_period = self._mode != self._settings.mode and not self._sampled_until
 
     def _figures(self, groups: Mapping[str, Statistics]) -> dict[str, dict[str, Latency]] | None:
         """None where only the submit probe could tell the groups apart."""
@@ -652,9 +802,11 @@ class Watch:
             )
         if total.map_full:
             notes.append(
-                f"{total.map_full} requests could not be followed because more than "
-                f"{self._settings.max_requests} were under way: a lost completion among them is not seen"
+                f"{total.map_full} requests could not be followed because too many were under way: "
+                "then memory is sampled for a time, as with --probes none"
             )
+        if self._sampled_until:
+            notes.append("memory is sampled for a time: the requests of that time are not counted")
         if self._with_submit and total.missed:
             notes.append(f"{total.missed} hits of probes were not seen")
         return tuple(notes)
@@ -671,7 +823,9 @@ class Watch:
 
     def _sample(self, sampler: MemorySampler) -> None:
         """Take a sample. Raises TargetExited where nothing can be read: memory goes before the process does."""
+        began = time.thread_time()
         sampler.sample(time.monotonic_ns())
+        self._sample_took = time.thread_time() - began
         self.target.check_memory()
 
     # -- end ----------------------------------------------------------------------------------------
@@ -683,6 +837,9 @@ class Watch:
 
     def close(self) -> None:
         """Detach; the process goes on untouched."""
+        if self._search is not None:
+            self._search.abandon()
+            self._search = None
         if self._probes is not None:
             self._probes.close()
             self._probes = None

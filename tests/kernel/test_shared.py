@@ -133,7 +133,7 @@ def test_one_leaves_and_the_other_goes_on(three: list[Miniature], loaded: Progra
 def test_no_room_for_the_counts_of_another(three: list[Miniature], monkeypatch: pytest.MonkeyPatch) -> None:
     """It is refused in words, and leaves nothing; those that are watched go on."""
     monkeypatch.setattr(probes, "_max_statistics", lambda _: len(KINDS) + 3)
-    programs = Programs(list(three[0].sites.values()), ELEMENT, WHAT)
+    programs = Programs(three[0].file, list(three[0].sites.values()), ELEMENT, WHAT)
     original = three[0].site_bytes()
     one = enter(three[0], programs)
     with pytest.raises(ProbeError, match=f"no room for the counts of process {three[1].pid} beside those of 1 other"):
