@@ -51,6 +51,10 @@ help: ## Print this list
 .PHONY: install
 install: packages-run $(VENV)/.installed ## Install into .venv: .venv/bin/aio-trace
 
+.PHONY: bundle
+bundle: packages-run $(VENV)/.created ## One archive in dist for hosts without pip or network; Python 3.9 and later
+	@bash .ci/bundle $(BIN)/python dist; status=$$?; $(GIVE_BACK); exit $$status
+
 .PHONY: demo
 demo: root packages-demo install ## Boot a small guest, lose one completion, show what aio-trace says (root)
 	@status=0; $(BIN)/aio-trace demo || status=$$?; $(GIVE_BACK); exit $$status

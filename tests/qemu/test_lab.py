@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import lzma
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,7 +20,7 @@ import pytest
 
 from tracer.errors import LabError
 from tracer.lab import causes, faults
-from tracer.lab.guest import OPERATIONS, Guest, Workload, guest
+from tracer.lab.guest import MODULES, OPERATIONS, Guest, Workload, _packaged, cache_folder, guest, host_kernel
 from tracer.lab.kicks import lose_kick
 from tracer.lab.nbd import KINDS
 from tracer.lab.process import MARKER, TOKEN, continue_process, end, is_own, peek, poke, stop_process, wait_until
@@ -340,3 +342,49 @@ def test_a_qemu_that_does_not_start_leaves_nothing(tmp_path: Path, monkeypatch: 
     with pytest.raises(LabError, match="no-such-option"):
         paused(extra=["-no-such-option"])
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_hosts_own_kernel_will_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where nothing can be downloaded, and modules are packed as many distributions have them."""
+    kernel, busybox = _packaged(cache_folder())
+    modules = tmp_path / "lib/modules" / kernel.modules.name
+    for name in MODULES:
+        for path in kernel.modules.glob("kernel/drivers/virtio/*.ko*"), kernel.modules.glob(f"kernel/**/{name}.ko*"):
+            for module in path:
+                place = modules / module.relative_to(kernel.modules).with_suffix(".ko.xz")
+                place.parent.mkdir(parents=True, exist_ok=True)
+                data = module.read_bytes()
+                place.write_bytes(data if module.suffix == ".xz" else lzma.compress(data, preset=0))
+    for source, name in ((kernel.image, f"boot/vmlinuz-{kernel.modules.name}"), (busybox, "bin/busybox")):
+        (tmp_path / name).parent.mkdir()
+        shutil.copy(source, tmp_path / name)
+
+    def offline(*_: object) -> None:
+        raise LabError("no network")
+
+    monkeypatch.setattr("tracer.lab.guest._packaged", offline)
+    monkeypatch.setattr("tracer.lab.guest.host_kernel", lambda: host_kernel(tmp_path))
+    monkeypatch.setenv("AIO_TRACE_LAB_CACHE", str(tmp_path / "cache"))
+    with guest(Workload(pause=0.02)) as machine:
+        machine.wait_progress(5)
+
+
+@pytest.mark.parametrize("lacking", ["boot/vmlinuz-1.2.3", "lib/modules/1.2.3/kernel", "bin/busybox", "nothing", "zst"])
+def test_what_a_host_may_lack(tmp_path: Path, lacking: str) -> None:
+    """A kernel, its modules in a form that can be read, a busybox that needs no loader."""
+    static = next(place for place in _packaged(cache_folder())[1:])
+    for name, source in (("boot/vmlinuz-1.2.3", Path(sys.executable)), ("bin/busybox", static)):
+        (tmp_path / name).parent.mkdir()
+        shutil.copy(source, tmp_path / name)
+    (tmp_path / "lib/modules/1.2.3/kernel").mkdir(parents=True)
+    for name in MODULES:
+        (tmp_path / f"lib/modules/1.2.3/kernel/{name}.ko{'.zst' if lacking == 'zst' else ''}").write_bytes(b"")
+    assert (host_kernel(tmp_path) is None) == (lacking == "zst")
+    place = tmp_path / lacking
+    if place.is_dir():
+        shutil.rmtree(place)
+    elif place.exists():
+        place.unlink()
+    assert (host_kernel(tmp_path) is None) == (lacking != "nothing")
+    shutil.copy(sys.executable, tmp_path / "bin/busybox")
+    assert host_kernel(tmp_path) is None, "that one is not static"

@@ -1,23 +1,25 @@
 """A small Linux guest that does nothing but disk I/O and says how far it is.
 
 Knows: where kernel and busybox come from (Debian packages, unpacked into a cache and never
-installed), how to make an initramfs, what the guest prints. Does not know faults.
+installed, else the host's own), how to make an initramfs, what the guest prints. Does not know faults.
 """
 
 from __future__ import annotations
 
+import gzip
 import lzma
 import os
 import platform
 import re
 import shutil
+import struct
 import subprocess
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from tracer.errors import LabError, ToolMissing
+from tracer.errors import AioTraceError, LabError, ToolMissing
 from tracer.lab.qemu import (
     SYSTEM,
     Drive,
@@ -35,6 +37,10 @@ MODULES = ("virtio_pci", "virtio_blk")
 OPERATIONS = ("write", "verify", "flush", "read", "discard")
 #: Reads back every block that was written and not discarded since, and compares checksums: slow.
 RECHECK = "recheck"
+
+PT_INTERP = 3
+# How modules are packed; Python up to 3.13 knows nothing of Zstandard.
+_UNPACKED: Mapping[str, Callable[[bytes], bytes]] = {".ko": bytes, ".xz": lzma.decompress, ".gz": gzip.decompress}
 
 _PROGRESS = re.compile(r"^lab: job (\d+) did (\d+)\r?$", re.MULTILINE)
 _DEPENDS = re.compile(rb"\0depends=([^\0]*)\0")  # in a module's .modinfo
@@ -118,16 +124,81 @@ def boot_files(cache: Path | None = None) -> BootFiles:
     if platform.machine() != "x86_64":
         raise LabError(f"the lab has no guest for {platform.machine()}")
     cache = cache or cache_folder()
-    kernel = unpacked(KERNEL_PACKAGE, cache)
-    busybox = unpacked(BUSYBOX_PACKAGE, cache) / "bin/busybox"
-    if not busybox.exists():
-        busybox = busybox.parents[1] / "usr/bin/busybox"
-    image = next(kernel.glob("boot/vmlinuz-*"), None)
-    if image is None or not busybox.exists():
-        raise LabError(f"the packages unpacked in {cache} hold no kernel or no busybox", f"rm -r {cache}")
+    try:
+        kernel, program = _packaged(cache)
+    except AioTraceError as error:
+        own = host_kernel()
+        if own is None:
+            raise LabError(
+                f"a guest needs a kernel: Debian's could not be had ({error.message}), and here is none in /boot with "
+                "virtio modules, or no static busybox",
+                "apt-get install linux-image-cloud-amd64 busybox-static",
+            ) from error
+        kernel, program = own
+    cache.mkdir(parents=True, exist_ok=True)
     initramfs = cache / "initramfs"
-    _publish(initramfs, make_initramfs(kernel, busybox))
-    return BootFiles(image, initramfs)
+    _publish(initramfs, make_initramfs(kernel, program))
+    return BootFiles(kernel.image, initramfs)
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A kernel's image, and the folder of its modules (lib/modules/RELEASE)."""
+
+    image: Path
+    modules: Path
+
+
+def _packaged(cache: Path) -> tuple[Kernel, Path]:
+    folder, busybox = unpacked(KERNEL_PACKAGE, cache), unpacked(BUSYBOX_PACKAGE, cache)
+    found = _kernels(folder)
+    programs = [place for place in (busybox / "bin/busybox", busybox / "usr/bin/busybox") if place.exists()]
+    if not found or not programs:
+        raise LabError(f"the packages unpacked in {cache} hold no kernel or no busybox", f"rm -r {cache}")
+    return found[0], programs[0]
+
+
+def host_kernel(root: Path = Path("/")) -> tuple[Kernel, Path] | None:
+    """A kernel that is installed, the running one first, and busybox; None if a guest cannot be made of these."""
+    busybox = next((place for place in (root / "bin/busybox", root / "sbin/busybox") if _is_static(place)), None)
+    found = sorted(_kernels(root), key=lambda kernel: kernel.modules.name != platform.release())
+    usable = [kernel for kernel in found if os.access(kernel.image, os.R_OK) and _has_modules(kernel)]
+    return (usable[0], busybox) if usable and busybox else None
+
+
+def _kernels(root: Path) -> list[Kernel]:
+    """What is below root, the newest first."""
+    found = []
+    for modules in (*root.glob("lib/modules/*"), *root.glob("usr/lib/modules/*")):
+        for image in (root / "boot" / f"vmlinuz-{modules.name}", modules / "vmlinuz"):
+            if image.exists() and (modules / "kernel").is_dir():
+                found.append(Kernel(image, modules))
+    return sorted(found, key=lambda kernel: [int(n) for n in re.findall("[0-9]+", kernel.modules.name)], reverse=True)
+
+
+def _has_modules(kernel: Kernel) -> bool:
+    """Whether the guest's modules are there in a form that can be unpacked, or built in."""
+    builtin = kernel.modules / "modules.builtin"
+    names = {Path(line).stem for line in builtin.read_text().split()} if builtin.exists() else set()
+    files = [_module_file(kernel.modules, name) for name in MODULES if name not in names]
+    return all(file is not None and file.suffix in _UNPACKED for file in files)
+
+
+def _module_file(folder: Path, name: str) -> Path | None:
+    return next(folder.glob(f"**/kernel/**/{name}.ko*"), None)
+
+
+def _is_static(program: Path) -> bool:
+    """Whether it runs without a loader: it is all that the guest has."""
+    try:
+        data = program.read_bytes()
+        start, size, count = (
+            struct.unpack_from(kind, data, at)[0] for kind, at in (("<Q", 32), ("<H", 54), ("<H", 56))
+        )
+        kinds = [struct.unpack_from("<I", data, start + number * size)[0] for number in range(count)]
+    except (OSError, struct.error):
+        return False
+    return data[:4] == b"\x7fELF" and PT_INTERP not in kinds
 
 
 def unpacked(package: str, cache: Path) -> Path:
@@ -175,9 +246,9 @@ def _publish(path: Path, data: bytes) -> None:
 # The initramfs
 
 
-def make_initramfs(kernel: Path, busybox: Path) -> bytes:
+def make_initramfs(kernel: Kernel, busybox: Path) -> bytes:
     """A cpio archive of /init, busybox and the kernel's virtio modules."""
-    modules = modules_of(kernel, MODULES)
+    modules = modules_of(kernel.modules, MODULES)
     order = "\n".join(f"{name}.ko" for name in modules)
     files = [
         ("bin", 0o40755, b""),
@@ -198,11 +269,10 @@ def modules_of(kernel: Path, names: Iterable[str]) -> dict[str, bytes]:
     found: dict[str, bytes] = {}
 
     def add(name: str) -> None:
-        path = next(kernel.glob(f"**/lib/modules/*/kernel/**/{name}.ko*"), None)
+        path = _module_file(kernel, name)
         if path is None or name in found:
             return
-        data = path.read_bytes()
-        data = lzma.decompress(data) if path.suffix == ".xz" else data
+        data = _UNPACKED[path.suffix](path.read_bytes())
         depends = _DEPENDS.search(data)
         for other in depends[1].decode().split(",") if depends else ():
             add(other)
