@@ -732,7 +732,7 @@ def nudge(
         return EXIT_FAILED
     except AioTraceError as error:
         told.failures.append(error)
-    for failure in told.failures:
+    for failure in (*told.failures, *told.left):
         _report(failure, streams, as_json, pid, verbose)
     _close_quietly(streams.out)
     return told.status

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import closing
 
-from tracer.errors import EXIT_ALERT, EXIT_FAILED, EXIT_OK, AioTraceError, NothingLost
+from tracer.errors import EXIT_ALERT, EXIT_FAILED, EXIT_OK, AioTraceError, NothingLost, NudgeRefused
 from tracer.events import Nudged
 from tracer.nudge import Nudge, Outcome
 from tracer.qmp import Monitor
@@ -37,6 +37,8 @@ class Told:
     def __init__(self) -> None:
         self.events: list[Nudged] = []
         self.failures: list[AioTraceError] = []
+        #: Why other pools are stuck still for which nothing was done.
+        self.left: list[NudgeRefused] = []
         self.sent = False
         self.stopped = False
 
@@ -52,7 +54,7 @@ class Told:
         """The exit status."""
         if self.stopped or self.failures:
             return EXIT_FAILED
-        return EXIT_OK if all(event.freed for event in self.events) else EXIT_ALERT
+        return EXIT_OK if all(event.freed for event in self.events) and not self.left else EXIT_ALERT
 
 
 def free(nudge: Nudge, ways: Ways, told: Told, say: Callable[[str], None]) -> None:
@@ -75,6 +77,11 @@ class _Freeing:
         for stuck in seen.curable:
             self._say(f"{stuck.verdict.cause}: request {stuck.request.address:#x}")
             self._say(wrapped(stuck.verdict.explanation))
+        self._free(seen)
+        if not self._told.failures:
+            self._told.left += self._nudge.others(seen, self._told.events)
+
+    def _free(self, seen: Survey) -> None:
         if self._ways.monitor is None:
             self._force(seen)
         elif not self._by_monitor(seen, self._ways.monitor):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 import struct
 import time
+from collections.abc import Sequence
 
 from tracer.errors import FaultError
 from tracer.records import dataclass
@@ -104,6 +105,27 @@ def _returns_into(view: ProcessView, words: tuple[int, ...], code: range) -> boo
 def parked(thread: Thread) -> bool:
     """Whether the thread sleeps in a poll."""
     return thread.syscall is not None and thread.syscall.name in POLLS
+
+
+def find_poller(
+    view: ProcessView, context: int, home: Thread | None, threads: Sequence[Thread], worker_code: range
+) -> Thread | None:
+    """The thread, other than `home`, that sleeps in a poll of `context`, or None where that does not show.
+
+    That is one which waits in aio_poll for the context's requests to end while it holds the big lock: a virtual
+    processor whose guest resets a disk (block/block-backend.c, blk_drain).
+    """
+    fd = find_bell(view, context, None).fd
+    found = []
+    for thread in threads:
+        if not parked(thread) or (home is not None and thread.tid == home.tid):
+            continue
+        listens = None if fd is None else _listens(view, thread, fd)
+        if listens is None:
+            listens = _holds(view, _stack(view, view.regions(), thread), context, worker_code)
+        if listens:
+            found.append(thread)
+    return found[0] if len(found) == 1 else None
 
 
 def find_bell(view: ProcessView, context: int, thread: Thread | None) -> Bell:

@@ -141,7 +141,7 @@ class _Inspection:
         outside = Outside() if accused else beside.seen(began + patience_s)
         self._watched_s = time.monotonic() - began
         threads = self._threads(pools)
-        drains = next((d for t in threads if t.home and (d := draining(_functions(t.stack)))), None)
+        drains = _drains(threads)
         bypassing = _bypassing(self._view)
         state = read_run_state(self._view)
         verdict = self._verdict(pools, drains, bypassing, outside, state)
@@ -521,8 +521,8 @@ def _nobody_told(watched: _Watched) -> bool:
 
 
 def _telling(watched: _Watched) -> list[_Snapshot]:
-    """The looks during which the home thread slept in its poll."""
-    return [s for s in watched.whole if s.switches is not None and s.look.parked]
+    """The looks during which the home thread slept; whether elsewhere than in its poll, the verdict says."""
+    return [s for s in watched.whole if s.switches is not None]
 
 
 def _is_open(watched: _Watched) -> bool:
@@ -559,6 +559,12 @@ def _missing(watched: _Watched) -> tuple[str, ...]:
     return (f"the pool's list could not be read to the end ({torn})",) if torn else ()
 
 
+def _drains(threads: Sequence[InspectedThread]) -> str | None:
+    """The function in which a thread waits until requests are done: home threads first, then all others."""
+    ordered = sorted(threads, key=lambda thread: not thread.home)
+    return next((found for thread in ordered if (found := draining(_functions(thread.stack)))), None)
+
+
 def _worst(accused: Sequence[InspectedRequest], drains: str | None) -> Verdict:
     """The worst cause of all, in the words of its oldest request."""
     worst = min(accused, key=lambda request: (SEVERITY.index(request.cause or UNKNOWN), -(request.age_s or 0.0)))
@@ -567,7 +573,7 @@ def _worst(accused: Sequence[InspectedRequest], drains: str | None) -> Verdict:
     if alike > 1:
         text += f" {alike - 1} more are late for the same reason."
     if drains:
-        text += f" Its home thread waits in {drains}: the monitor answers no more until the request is complete."
+        text += f" QEMU waits in {drains}: the monitor answers no more until the request is complete."
     return Verdict(worst.cause or UNKNOWN, text)
 
 

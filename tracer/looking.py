@@ -23,7 +23,7 @@ from tracer.posix_aio import Operation
 from tracer.records import dataclass
 from tracer.target import FILE_SYSCALLS, Thread
 from tracer.text import printable
-from tracer.verdict import MAX_FRAMES, Facts, HomeStack, Look
+from tracer.verdict import MAX_FRAMES, Facts, HomeStack, Look, draining
 from tracer.view import Frame, ProcessView, Stack
 
 LOOKS = 3
@@ -33,6 +33,8 @@ LOOK_PAUSE_S = 0.004
 LOOKS_FOR_IDLE = 10
 #: For so long what was seen of a pool and of the threads serves for other requests, too; seconds.
 FRESH_S = 0.05
+#: For so long threads are looked at for one that drains; seconds.
+DRAINS_S = 0.1
 ATTEMPTS = 3
 
 
@@ -215,6 +217,7 @@ class Looker:
         """Members of Facts: the home thread, its bell, its stack, the process."""
         thread = self.home(pool.context)
         bell = home.find_bell(self._view, pool.context, thread)
+        poller = self.poller(pool.context, thread)
         return {
             "home_tid": thread.tid if thread else None,
             "home_name": thread.name if thread else None,
@@ -222,6 +225,10 @@ class Looker:
             "bell_count": bell.count,
             "bell_polled": bell.polled,
             "stack": self.home_stack(thread) if thread else HomeStack(),
+            "poller_tid": poller.tid if poller else None,
+            "poller_name": poller.name if poller else None,
+            "poller_stack": self.home_stack(poller) if poller else HomeStack(),
+            "draining": self._draining(thread, poller),
             "home_asleep_s": self._asleep(thread),
             **self._thread_counts(pool),
             "missing": () if thread else ("the thread that runs its context was not found",),
@@ -234,6 +241,23 @@ class Looker:
         except FaultError:
             return {}
         return {f"threads_{name}": getattr(counts, name) for name in ("current", "idle", "max", "new", "pending")}
+
+    def poller(self, context: int, thread: Thread | None) -> Thread | None:
+        """Who polls `context` although it is not `thread`, its home thread; None where nobody does."""
+        return home.find_poller(self._view, context, thread, self._threads(), self._loaded.worker_code)
+
+    def _draining(self, *first: Thread | None) -> str | None:
+        """The function in which a thread waits until requests are done, whichever thread it is.
+
+        Such a thread sleeps in the poll of aio_poll; others are not looked at, nor any after a while.
+        """
+        until = time.monotonic() + DRAINS_S
+        others = [thread for thread in self._threads() if home.parked(thread)]
+        for thread in (*filter(None, first), *others):
+            found = draining(self.stack(thread).functions())
+            if found is not None or time.monotonic() > until:
+                return found
+        return None
 
     def _asleep(self, thread: Thread | None) -> float | None:
         return self._view.asleep_s(thread.tid) if thread and thread.syscall else None

@@ -27,12 +27,13 @@ from tracer.errors import (
     TargetExited,
 )
 from tracer.events import Nudged
+from tracer.home import parked
 from tracer.live import LiveView
 from tracer.looking import Looker
 from tracer.qmp import Monitor, force_hint
 from tracer.records import dataclass
 from tracer.survey import Stuck, Survey, still_stuck, survey, went_on
-from tracer.target import Target, read_text
+from tracer.target import Target, Thread, read_text
 from tracer.text import printable
 from tracer.verdict import LOOP_BLOCKED, LOOP_BUSY, LOST_KICK, LOST_WAKEUP, STOPPED, UNPOLLED_KICK
 
@@ -290,12 +291,19 @@ class Nudge:
         inject.check_machine(self.target)
         function = self._schedule()
         lines = []
+        refused: list[InjectionRefused] = []
         for stuck in _forceable(seen, self.target):
-            home = stuck.finding.facts
+            try:
+                thread = self._caller(stuck)
+            except InjectionRefused as error:
+                refused.append(error)
+                continue
             lines.append(
-                f"call qemu_bh_schedule({stuck.pool.bottom_half:#x}) at {function:#x} in thread {home.home_tid} "
-                f"({home.home_name}), for pool {stuck.pool.address:#x}"
+                f"call qemu_bh_schedule({stuck.pool.bottom_half:#x}) at {function:#x} in thread {thread.tid} "
+                f"({thread.name}), for pool {stuck.pool.address:#x}"
             )
+        if not lines:
+            raise refused[0]
         return (
             f"--force will, in process {self.target.pid} ({printable(self.target.exe)}):\n  "
             + "\n  ".join(lines)
@@ -353,11 +361,28 @@ class Nudge:
         return address + self.target.entry_address() - self._build.entry
 
     def _call(self, stuck: Stuck, function: int, made: Callable[[], None]) -> inject.Pause:
-        home = stuck.finding.facts.home_tid
-        if home is None:
-            raise InjectionRefused("the thread that runs the pool's context was not found")
+        thread = self._caller(stuck)
         call = inject.Call(function, stuck.pool.bottom_half)
-        return inject.call_in_thread(self.target, self._memory, home, call, lambda: self._check(stuck), made)
+        return inject.call_in_thread(self.target, self._memory, thread.tid, call, lambda: self._check(stuck), made)
+
+    def _caller(self, stuck: Stuck) -> Thread:
+        """A thread asleep in a poll of the pool's context: its home thread, or who drains in its place.
+
+        No other system call can be cut short so: glibc aborts where futex fails in the midst of a lock. Raises
+        InjectionRefused.
+        """
+        thread = self._looker.home(stuck.pool.context)
+        if thread is None:
+            raise InjectionRefused("the thread that runs the pool's context was not found")
+        if parked(thread) or thread.syscall is None:  # one that runs comes round to its poll
+            return thread
+        poller = self._looker.poller(stuck.pool.context, thread)
+        if poller is None:
+            raise InjectionRefused(
+                f"nothing was called: thread {thread.tid} ({thread.name}) is in {thread.syscall.name}, where no call "
+                f"can safely be made, and no other thread polls for the request"
+            )
+        return poller
 
     def _check(self, stuck: Stuck) -> None:
         """With the home thread held: nobody else runs or cancels the bottom half, so what is seen stays so.
@@ -389,6 +414,15 @@ class Nudge:
             dict.fromkeys(_pools(seen), "; ".join(self.done)),
         )
         return self._outcome(told, {})
+
+    def others(self, seen: Survey, told: Sequence[Nudged]) -> list[NudgeRefused]:
+        """One for each pool of `seen` that nothing was done for, and whose request is stuck still."""
+        known = {event.pool for event in told}
+        rest: dict[int, Stuck] = {}
+        for stuck in seen.stuck:
+            if stuck.pool.address not in known and self._still(stuck):
+                rest.setdefault(stuck.pool.address, stuck)
+        return [_left(stuck, self.target) for stuck in rest.values()]
 
     def _still(self, stuck: Stuck) -> bool:
         """Whether it still waits, or memory does not tell. Raises TargetExited.
@@ -483,6 +517,19 @@ def _one_a_pool(curable: Sequence[Stuck]) -> Iterator[Stuck]:
         if stuck.pool.address not in seen:
             seen.add(stuck.pool.address)
             yield stuck
+
+
+def _left(stuck: Stuck, target: Target) -> NudgeRefused:
+    verdict = stuck.verdict
+    if verdict.cause == LOST_KICK:
+        hint = f"sudo aio-trace nudge --pid {target.pid} --qmp SOCKET"
+    else:
+        hint = HELP.get(verdict.cause, f"sudo aio-trace inspect --pid {target.pid}").format(pid=target.pid)
+    return NudgeRefused(
+        f"request {stuck.request.address:#x} of another pool is stuck still, and nothing was done for it: "
+        f"{verdict.cause}. {verdict.explanation}",
+        hint,
+    )
 
 
 def _forceable(seen: Survey, target: Target) -> list[Stuck]:

@@ -47,6 +47,11 @@ ADVICE_LOST_WAKEUP = (
     "Any new request in the same pool frees it, or the line below. Until then avoid what drains (stop, dump, "
     "snapshot, shutdown): QEMU's monitor would hang, too."
 )
+#: What drains holds the big lock, or is in the main loop: no monitor answers.
+ADVICE_DRAINING = (
+    "QEMU waits in {} for it, and its monitor answers no more: no command of the monitor frees it, but the line "
+    "below does."
+)
 WIDTH = 79
 NAME = "aio-trace"
 
@@ -465,8 +470,10 @@ class TableWriter:
         if event.there_before:
             lines.append("  It was there when aio-trace came: it may have been late for long.")
         if event.cause == LOST_WAKEUP:
-            lines.append(wrapped(ADVICE_LOST_WAKEUP))
-            lines.append("  " + as_typed(f"sudo aio-trace nudge --pid {event.pid} --qmp SOCKET"))
+            drains = event.evidence.get("draining")
+            lines.append(wrapped(ADVICE_DRAINING.format(drains) if drains else ADVICE_LOST_WAKEUP))
+            way = "--force" if drains else "--qmp SOCKET"
+            lines.append("  " + as_typed(f"sudo aio-trace nudge --pid {event.pid} {way}"))
         self._print("\n".join(lines))
 
     def _what(self, event: Alert) -> str:

@@ -113,6 +113,10 @@ class Facts:
     workers_in_storage: int | None = None  # how many threads are in a system call on a file
     function: str | None = None  # the name of the request's func
     stack: HomeStack = HomeStack()
+    poller_tid: int | None = None  # a thread, not the home thread, that polls the context meanwhile
+    poller_name: str | None = None
+    poller_stack: HomeStack = HomeStack()
+    draining: str | None = None  # the function, whichever thread is in it
     barrier_fixed: bool | None = None  # whether this build has the barriers of e8d3b1a25f
     at_least: bool = False
     from_core: bool = False
@@ -188,20 +192,19 @@ def _judge_done(facts: Facts) -> Verdict:
         )
     if looks[-1].home_state in ("T", "t"):
         return Verdict(STOPPED, f"The home thread, {_home(facts)}, is stopped by a signal or a debugger.")
-    if nested_wait(facts.stack.functions):
+    if nested_wait(facts.stack.functions) or nested_wait(facts.poller_stack.functions):
+        who = _home(facts) if nested_wait(facts.stack.functions) else _poller(facts)
         return Verdict(
             NESTED_WAIT,
-            f"{_finished(facts)}, but {_home(facts)} is in the callback of another request (thread_pool_completion_bh "
+            f"{_finished(facts)}, but {who} is in the callback of another request (thread_pool_completion_bh "
             f"is on its stack), which waits in aio_poll: a callback waits for a request that only it could let go "
             f"on. This is a bug of QEMU; the storage is fine.",
         )
-    if parked and not any(look.scheduled for look in looks):
-        sleeps = "sleeps" if _slept(looks) else "comes round and sleeps again"
+    if not any(look.scheduled for look in looks) and (parked or _seen_outside_the_bottom_half(facts)):
         return Verdict(
             LOST_WAKEUP,
-            f"{_finished(facts)}, but nobody was told: its bottom half is not scheduled, and {_home(facts)} {sleeps} "
-            f"in {parked[-1].syscall}. This is a lost wake-up, a bug of QEMU; the storage is fine. "
-            f"{known_fix(facts.barrier_fixed)}",
+            f"{_finished(facts)}, but nobody was told: its bottom half is not scheduled, and {_waits(facts)}. "
+            f"This is a lost wake-up, a bug of QEMU; the storage is fine. {known_fix(facts.barrier_fixed)}",
         )
     if all(look.scheduled for look in looks) and _slept(looks):
         return _judge_kick(facts)
@@ -212,6 +215,34 @@ def _judge_done(facts: Facts) -> Verdict:
             f"{parked[-1].syscall}, but bottom half and thread changed while they were looked at.",
         )
     return _judge_loop(facts)
+
+
+def _seen_outside_the_bottom_half(facts: Facts) -> bool:
+    """Whether the home thread sleeps elsewhere, and its whole stack shows that it is not about to call the callback.
+
+    A bottom half is not scheduled any more while it runs, nor while it waits for a lock to begin (2.9 to 8.0).
+    """
+    if not facts.stack.complete or not any(look.syscall for look in facts.looks):
+        return False
+    return COMPLETION_BH not in (*facts.stack.functions, *facts.poller_stack.functions)
+
+
+def _waits(facts: Facts) -> str:
+    """Where the home thread is, for whom the bottom half is not scheduled; and who waits for the request meanwhile."""
+    parked = [look for look in facts.looks if look.parked]
+    if parked:
+        sleeps = "sleeps" if _slept(facts.looks) else "comes round and sleeps again"
+        return f"{_home(facts)} {sleeps} in {parked[-1].syscall}"
+    place = next(look.syscall for look in reversed(facts.looks) if look.syscall)
+    text = f"{_home(facts)} would not be told even if it came round; it is in {place}{under(facts.stack.functions)}"
+    if facts.poller_tid is None:
+        return text
+    doing = f"drains (in {facts.draining}) and so waits" if facts.draining else "waits"
+    return f"{text}, while {_poller(facts)} {doing} for the request"
+
+
+def _poller(facts: Facts) -> str:
+    return f"thread {facts.poller_tid} ({facts.poller_name})"
 
 
 def _slept(looks: tuple[Look, ...]) -> bool:
@@ -364,7 +395,10 @@ def as_evidence(facts: Facts) -> dict[str, Any]:
         },
         "home_stack": list(facts.stack.frames) or None,
         "home_stack_missing": facts.stack.why_not,
-        "draining": draining(facts.stack.functions),
+        "draining": draining(facts.stack.functions) or facts.draining,
+        "polled_by": {"tid": facts.poller_tid, "name": facts.poller_name, "stack": list(facts.poller_stack.frames)}
+        if facts.poller_tid
+        else None,
         "barrier_fixed": facts.barrier_fixed,
         "home_asleep_s": facts.home_asleep_s,
         "looks": len(facts.looks),

@@ -19,6 +19,7 @@ from tests.matrix.roots import Release
 from tests.qemu.causing import DEADLINES, DONE_FAULTS, QUEUE_FAULTS, Fault, Said, queued_causes, repeat
 from tests.qemu.cores import HANGS, core_agrees
 from tests.qemu.nudging import by_force, by_monitor, free_a_guest
+from tests.qemu.resetting import free_resetting_guests
 from tests.qemu.secrets import MIB, VIDEO_MIB, filled, nothing_is_saved
 from tests.qemu.tracing import traced
 from tracer.errors import LabError
@@ -124,6 +125,11 @@ def test_a_guest_goes_on_and_loses_nothing(root: Path, release: Release, loop: s
     with TemporaryDirectory(dir=root / "tmp", prefix="aio-trace-") as folder:
         iothread = "io0" if loop == "iothread" else None
         free_a_guest(Path(folder), image_format, iothread, ways, ROUNDS, root)
+
+
+def test_a_guest_that_resets_its_disk_is_freed(root: Path) -> None:
+    with TemporaryDirectory(dir=root / "tmp", prefix="aio-trace-") as folder:
+        free_resetting_guests(Path(folder), ROUNDS, root)
 
 
 def test_guest_memory_is_not_saved(root: Path, tmp_path: Path) -> None:

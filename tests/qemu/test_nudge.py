@@ -107,6 +107,22 @@ def test_a_lost_kick_needs_a_question_only(iothread: str | None) -> None:
         assert qemu.trace_counts() == TraceCounts(before.submitted, before.submitted)
 
 
+def test_what_force_is_not_for_is_told_beside_what_it_freed() -> None:
+    """One pool is freed and another is not: that is no success."""
+    with storage() as slow, paused([slow.drive(iothread="io0"), Drive("d1")]) as qemu:
+        lost = faults.lose(qemu, "d1", "write")
+        kick = lose_kick(qemu, slow, faults.pool_of(qemu, "d0"))
+        done = by_force(qemu)
+        assert not lost.still_lost()
+        assert [(event["request"], event["freed"]) for event in done.nudges] == [(hex(lost.request), True)]
+        assert done.status == 3, done.errors
+        (error,) = (event for event in done.events if event["event"] == "error")
+        assert f"{kick.request:#x} of another pool is stuck still, and nothing was done for it: lost-kick." in str(
+            error
+        )
+        assert f"nudge --pid {qemu.pid} --qmp SOCKET" in error["hint"]
+
+
 def test_a_dead_monitor_is_freed_by_force(paused_qemu: Qemu) -> None:
     lost = faults.lose(paused_qemu, "d0", "flush")
     with faults.stopping(paused_qemu) as stop:

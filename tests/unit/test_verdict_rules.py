@@ -24,6 +24,10 @@ HELD = replace(QUEUED, threads_current=2, threads_idle=0, workers_in_storage=2, 
 
 DRAIN = ("ppoll", "qemu_poll_ns", "aio_poll", "bdrv_drain_all_begin", "bdrv_drain_all", "vm_stop", "main_loop_wait")
 NESTED = ("ppoll", "aio_poll", "bdrv_flush", "thread_pool_completion_bh", "aio_bh_poll", "aio_dispatch")
+#: The main thread waits for the big lock; the completion bottom half waits for another one.
+AWAY = replace(STUCK, scheduled=False, syscall="futex")
+LOCKED = HomeStack((), ("pthread_mutex_lock", "qemu_mutex_lock_iothread_impl", "main_loop_wait"), complete=True)
+IN_CALLBACK = ("pthread_mutex_lock", "aio_context_acquire", "thread_pool_completion_bh", "aio_bh_poll")
 CALLED = ("ppoll", "aio_poll", "thread_pool_completion_bh")
 
 
@@ -39,6 +43,16 @@ CALLED = ("ppoll", "aio_poll", "thread_pool_completion_bh")
         (replace(DONE, looks=(TOLD, ASLEEP, TOLD), bell_count=0), "unknown"),
         (replace(DONE, looks=(STUCK,) * 3), "loop-blocked"),
         (replace(DONE, looks=(replace(STUCK, scheduled=False),) * 3), "loop-blocked"),
+        (replace(DONE, looks=(AWAY,) * 3, stack=LOCKED), "lost-wakeup"),
+        (replace(DONE, looks=(AWAY,) * 3, stack=replace(LOCKED, complete=False)), "loop-blocked"),
+        (replace(DONE, looks=(AWAY, TOLD, AWAY), stack=LOCKED), "unknown"),
+        (replace(DONE, looks=(AWAY, replace(AWAY, scheduled=True), AWAY), stack=LOCKED), "loop-blocked"),
+        (replace(DONE, looks=(AWAY,) * 3, stack=HomeStack((), IN_CALLBACK, complete=True)), "loop-blocked"),
+        (replace(DONE, looks=(AWAY,) * 3, stack=LOCKED, poller_tid=4, poller_name="CPU 0"), "lost-wakeup"),
+        (
+            replace(DONE, looks=(AWAY,) * 3, poller_tid=4, poller_name="CPU 0", poller_stack=HomeStack((), NESTED)),
+            "nested-wait",
+        ),
         (replace(DONE, looks=(RUNS,) * 3), "loop-busy"),
         (replace(DONE, looks=(replace(RUNS, scheduled=False),) * 3), "loop-busy"),
         (replace(DONE, stack=HomeStack(functions=NESTED)), "nested-wait"),
@@ -90,6 +104,14 @@ def test_a_core_does_not_tell_ages() -> None:
         assert " 0.0 s" not in text
 
 
+def test_whoever_drains_is_named() -> None:
+    facts = replace(DONE, looks=(AWAY,) * 3, stack=LOCKED, poller_tid=4, poller_name="CPU 0", draining="blk_drain")
+    assert "thread 4 (CPU 0) drains (in blk_drain)" in judge(facts).explanation
+    evidence = as_evidence(facts)
+    assert (evidence["draining"], evidence["polled_by"]["tid"]) == ("blk_drain", 4)
+    assert as_evidence(DONE)["polled_by"] is None
+
+
 def test_the_outermost_drain_is_named() -> None:
     assert draining(DRAIN) == "bdrv_drain_all"
     assert draining(("ppoll", "aio_poll", "main_loop_wait")) is None
@@ -129,6 +151,6 @@ def test_no_lost_wakeup_without_its_evidence(seen: list[Look], bell: int | None,
     if cause == "lost-wakeup":
         assert not missing
         assert all(look.scheduled is False for look in seen)
-        assert any(look.parked for look in seen)
+        assert any(look.parked for look in seen)  # DONE has no stack, which alone could tell otherwise
     if cause == "lost-kick":
         assert all(look.scheduled and look.parked for look in seen)
