@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.targets import Recipe, build, stripped, with_mini_debug_info
-from tracer import cache, kept, target
+from tracer import cache, cgroup, kept, target
 from tracer.build import Build, build_of, load
 from tracer.check import check_file
 from tracer.compiler import Compiled, MapShape
@@ -308,11 +308,12 @@ PROC = {
 def shown_instead(texts: dict[str, bytes]) -> Iterator[None]:
     """Whatever reads a text of /proc by tracer.target gets one of these, by the last part of its path."""
     with ExitStack() as stack:
-        for module in [module for name, module in sys.modules.items() if name.startswith("tracer")]:
-            for name in ("read_text", "_read_text"):
-                if hasattr(module, name):
-                    stack.callback(setattr, module, name, getattr(module, name))
-                    setattr(module, name, lambda path: os.fsdecode(_text_of(path, texts)))
+        modules: list[Any] = [module for name, module in sys.modules.items() if name.startswith("tracer.")]
+        for module in modules:
+            name = "_text" if module is cgroup else "read_text"
+            if hasattr(module, name):
+                stack.callback(setattr, module, name, getattr(module, name))
+                setattr(module, name, lambda path: os.fsdecode(_text_of(path, texts)))
         yield
 
 
@@ -341,6 +342,7 @@ def proc_texts(folder: Path) -> Trial:
                 lambda: process.name,
                 lambda: target.open_target(pid),
                 lambda: target.qemu_hint(pid),
+                lambda: (cgroup.memory_limit(pid), cgroup.thaw_line(pid)),
             ):
                 try:
                     question()
@@ -475,6 +477,7 @@ def _stored(folder: Path, content: bytes, dice: random.Random) -> str:
 KINDS: dict[str, Callable[[Path], Trial]] = {
     "cores": cores,
     "elves": elves,
+    "proc": proc_texts,
     "qmp": qmp_answers,
     "cache": cache_files,
 }

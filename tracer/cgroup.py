@@ -47,7 +47,9 @@ def memory_limit(pid: int | str = "self") -> int | None:
 def _groups(pid: int | str, controller: str) -> Iterator[str]:
     """The folders of its groups, of the second version and of this controller's first."""
     for line in filter(None, _text(f"/proc/{pid}/cgroup").split("\n")):
-        _, controllers, path = line.split(":", 2)
+        _, controllers, path = [*line.split(":", 2), "", ""][:3]
+        if not path.startswith("/"):
+            continue  # no group
         if not controllers:
             yield from (f"{ROOT}{path}", f"{ROOT}/unified{path}")
         elif controller in controllers.split(","):

@@ -167,19 +167,41 @@ def read_text(path: str) -> str:
         return os.fsdecode(file.read(MAX_TEXT))
 
 
+#: proc(5), /proc/PID/stat: a name of any bytes, a letter, and numbers; how many there are grows with the kernel.
+_STAT = re.compile(r"\d{1,10} \((.*)\) ([A-Za-z](?: -?[0-9]{1,20}){37,64})\n?", re.DOTALL | re.ASCII)
+#: proc(5), /proc/PID/maps; for an end of line in a path the kernel writes \\012.
+_MAPPING = re.compile(
+    r"([0-9a-f]{1,16})-([0-9a-f]{1,16}) (\S{4}) ([0-9a-f]{1,16}) \S+ ([0-9]{1,20})(?: +(.*))?", re.DOTALL
+)
+_MOST_DIGITS = 20
+
+
+def _number(text: str, base: int = 10) -> int:
+    """A number as the kernel writes it, of at most 64 bits; ValueError for anything else."""
+    if len(text) > _MOST_DIGITS or not text.isalnum() or not text.isascii():
+        raise ValueError(f"{text[:_MOST_DIGITS]!r} is no number")
+    value = int(text, base)
+    if value >> 64:
+        raise ValueError(f"{text} is no number of 64 bits")
+    return value
+
+
 def _stat_fields(pid: int, tid: int | None = None) -> tuple[str, list[str]]:
     """(comm, fields from state on) of /proc/PID[/task/TID]/stat; comm may hold spaces and parentheses."""
     text = read_text(f"/proc/{pid}/stat" if tid is None else f"/proc/{pid}/task/{tid}/stat")
-    return text[text.index("(") + 1 : text.rindex(")")], text[text.rindex(")") + 2 :].split()
+    found = _STAT.fullmatch(text)
+    if found is None:
+        raise OSError(errno.EPROTO, "a text of the kernel that is none", f"/proc/{pid}/stat")
+    return found[1], found[2].split()
 
 
 def _schedule(pid: int, tid: int) -> tuple[float | None, float | None]:
     """Seconds on a CPU and waiting for one, of /proc/PID/task/TID/schedstat; None where the kernel has none."""
     try:
-        ran, waited, _slices = read_text(f"/proc/{pid}/task/{tid}/schedstat").split()
+        ran, waited, _slices = map(_number, read_text(f"/proc/{pid}/task/{tid}/schedstat").split())
     except (OSError, ValueError):
         return None, None
-    return int(ran) / 1e9, int(waited) / 1e9
+    return ran / 1e9, waited / 1e9
 
 
 @dataclass(frozen=True)
@@ -257,7 +279,7 @@ class Target:
             status = read_text(f"/proc/{self.pid}/task/{tid}/status")
         except (OSError, ValueError):
             return None
-        found = re.search(r"^voluntary_ctxt_switches:\s*(\d+)", status, re.M)
+        found = re.search(r"^voluntary_ctxt_switches:\s*([0-9]{1,20})$", status, re.M)
         return Thread(
             tid,
             printable(name),
@@ -288,12 +310,12 @@ class Target:
     def _syscall(self, tid: int) -> SystemCall | None:
         try:
             words = read_text(f"/proc/{self.pid}/task/{tid}/syscall").split()
-        except OSError:
+            if len(words) < 9:
+                return None
+            number = _number(words[0])
+            values = [_number(word[2:] if word.startswith("0x") else word, 16) for word in words[1:]]
+        except (OSError, ValueError):
             return None
-        if len(words) < 9:
-            return None
-        number = int(words[0])
-        values = [int(word, 16) for word in words[1:]]
         return SystemCall(number, syscall_name(number, values[:6]), tuple(values[:6]), values[6], values[7])
 
     def regions(self) -> list[Region]:
@@ -327,13 +349,16 @@ class Target:
             text = read_text(f"/proc/{self.pid}/fdinfo/{fd}")
         except OSError:
             return None
-        found = re.search(r"^eventfd-count:\s*([0-9a-f]+)", text, re.M)
+        found = re.search(r"^eventfd-count:\s*([0-9a-f]{1,16})$", text, re.M)
         return int(found[1], 16) if found else None
 
     @cached_property
     def name(self) -> str:
-        """The process's own name."""
-        return _stat_fields(self.pid)[0]
+        """The process's own name. Raises TargetExited."""
+        try:
+            return _stat_fields(self.pid)[0]
+        except OSError as error:
+            raise ended(self.pid, error) from error
 
 
 def _auxv(pid: int) -> bytes:
@@ -361,11 +386,10 @@ def _program_of(pid: int) -> bytes:
 
 
 def _parse_maps(text: str) -> Iterator[Region]:
-    for line in filter(None, text.split("\n")):
-        fields = line.split(" ", 5)
-        start, _, end = fields[0].partition("-")
-        path = fields[5].lstrip(" ") if len(fields) > 5 else ""
-        yield Region(int(start, 16), int(end, 16), fields[1], int(fields[4]), path, int(fields[2], 16))
+    for line in text.split("\n"):
+        if found := _MAPPING.fullmatch(line):
+            start, end, permissions, offset, inode, path = found.groups("")
+            yield Region(int(start, 16), int(end, 16), permissions, int(inode), path, int(offset, 16))
 
 
 def open_target(pid: int, line: Callable[..., str] = trace_line) -> Target:
@@ -381,7 +405,7 @@ def open_target(pid: int, line: Callable[..., str] = trace_line) -> Target:
         if _is_hidden(pid):
             raise NotPermitted(f"process {pid} may not be looked at without root", line(pid)) from error
         raise NoSuchProcess(f"there is no process {pid}{_here()}", qemu_hint(pid, line)) from error
-    found = re.search(r"^Tgid:\s*(\d+)", status, re.M)
+    found = re.search(r"^Tgid:\s*([0-9]{1,10})$", status, re.M)
     if found and int(found[1]) != pid:
         raise NotQemu(f"{pid} is a thread of process {found[1]}", line(int(found[1])))
     if fields[0] in "ZX":
@@ -498,6 +522,6 @@ def _outside(pid: int, line: Callable[..., str]) -> str | None:
 def _innermost_pid(pid: int) -> int | None:
     """The number of a process in its own pid namespace, where that is not this one's; else None."""
     with suppress(OSError):
-        found = re.search(r"^NSpid:\s*\d+.*\s(\d+)$", read_text(f"/proc/{pid}/status"), re.M)
+        found = re.search(r"^NSpid:\s*[0-9]+.*\s([0-9]{1,10})$", read_text(f"/proc/{pid}/status"), re.M)
         return int(found[1]) if found else None
     return None
