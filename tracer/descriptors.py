@@ -25,6 +25,10 @@ class Descriptors:
         #: What a descriptor had counted when its file changed.
         self._passed: dict[Subject, Statistics] = {}
 
+    def name(self, fd: int) -> str | None:
+        """The file that the descriptor was when it was last seen open, or None."""
+        return self._names.get(fd)
+
     def others(self) -> frozenset[int]:
         """The descriptors that were no file with a path, and so no disk's."""
         return frozenset(fd for fd, name in self._names.items() if not name.startswith("/"))

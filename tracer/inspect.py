@@ -223,7 +223,11 @@ class _Inspection:
         if self._is_core:
             return {}
         finished = (request for request in listed.requests if request.state == RequestState.THREAD_DONE)
-        return {request.address: posix_aio.read_raw(self._view.memory, request.arg) for request in finished}
+        return {
+            request.address: posix_aio.read_raw(self._view.memory, request.arg)
+            for request in finished
+            if posix_aio.outlives_worker(request.arg, request.opaque)
+        }
 
     # -- one pool -----------------------------------------------------------------------------------
 

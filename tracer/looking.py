@@ -15,6 +15,7 @@ from typing import Any
 
 from tracer import home, posix_aio
 from tracer.build import Loaded
+from tracer.coroutine import code_regions, read_waiter
 from tracer.errors import FaultError, LayoutError
 from tracer.layout import RequestState
 from tracer.memory import read_string
@@ -89,7 +90,20 @@ class Looker:
 
     def operation(self, request: Request) -> Operation:
         """What the request does, as far as that proves itself."""
+        finished = request.state not in (RequestState.THREAD_QUEUED, RequestState.THREAD_ACTIVE)
+        if finished and not posix_aio.outlives_worker(request.arg, request.opaque):
+            return self._operation_by_coroutine(request)
         return posix_aio.read_operation(self._view, request.arg, request.func, self._order)
+
+    def _operation_by_coroutine(self, request: Request) -> Operation:
+        """The kind by what waits for the request; what its argument was about is not known any more."""
+        name = self.function(request.func)
+        if name is not None and name.split(".")[0] not in posix_aio.FILE_FUNCTIONS:
+            return Operation(posix_aio.OTHER)
+        waiter = read_waiter(self._view, code_regions(self._view), request.opaque) if request.callback else None
+        if waiter is None:
+            return Operation()
+        return Operation(posix_aio.kind_of((self.function(waiter.entry), *waiter.stack.functions())))
 
     def function(self, address: int) -> str | None:
         """The name of the function that starts at `address`, or None."""

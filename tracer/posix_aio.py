@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 import struct
+from collections.abc import Iterable
 
 from tracer.errors import FaultError
 from tracer.memory import MemoryReader, read_u64
@@ -107,6 +108,38 @@ def read_operation(view: ProcessView, arg: int, func: int = 0, first: Order = SI
         if found is not None and KIND_OF_FUNCTION.get(function or "", found.kind) == found.kind:
             return found
     return Operation(KIND_OF_FUNCTION.get(function or ""))
+
+
+#: The structure and what waits for it stand in the same frames, at most so far apart; bytes.
+NEIGHBOURS = 4096
+#: Functions of the block layer by which a coroutine's stack tells its kind (block.c, block/io.c).
+_BLOCK_LAYER = re.compile(r"(bdrv|blk|raw|qcow2)_")
+_KINDS_BY_NAME = (
+    ("flush", re.compile(r"flush")),
+    ("discard", re.compile(r"discard")),
+    ("write-zeroes", re.compile(r"write_zeroes")),
+    ("ioctl", re.compile(r"ioctl")),
+    ("write", re.compile(r"p?write(v|_)|write$")),
+    ("read", re.compile(r"p?read(v|_)|read$")),
+)
+
+
+def outlives_worker(arg: int, opaque: int) -> bool:
+    """Whether RawPosixAIOData at `arg` is still there when the request is finished.
+
+    Since QEMU commit 999e6b69ce (in v4.0) it is a local variable of the coroutine that waits, as what `opaque`
+    points to is. Before that aio_worker() frees it, and somebody else's bytes stand there.
+    """
+    return abs(arg - opaque) < NEIGHBOURS
+
+
+def kind_of(functions: Iterable[str | None]) -> str | None:
+    """The kind that these functions' names tell, the first that does: a coroutine's entry, then its stack."""
+    for name in functions:
+        for kind, pattern in _KINDS_BY_NAME:
+            if name is not None and _BLOCK_LAYER.match(name) and pattern.search(name):
+                return kind
+    return None
 
 
 def read_raw(memory: MemoryReader, arg: int) -> bytes:

@@ -18,7 +18,7 @@ from tracer.layout import RequestState
 from tracer.maps import FLAG_BEFORE, FLAG_NO_CALLBACK, Record
 from tracer.memory import MemoryReader
 from tracer.pools import Pool, PoolReader, Request
-from tracer.posix_aio import read_raw
+from tracer.posix_aio import outlives_worker, read_raw
 from tracer.records import dataclass
 
 #: A list that is torn is walked once more; then what was known before is looked up by its address.
@@ -100,7 +100,7 @@ class MemorySampler:
         look = _Look({}, whole, now_ns)
         same = set()
         for request in requests:
-            about = read_raw(self.memory, request.arg)
+            about = self._about(request)
             then = before.seen.get(request.address)
             if then is not None and _same(then, request, about) and not _overtook(request, places, before.whole):
                 same.add(request.address)
@@ -110,6 +110,13 @@ class MemorySampler:
         if _moved(before, look, same):
             _restart_finished(look, before.at_ns)
         return look
+
+    def _about(self, request: Request) -> bytes:
+        """The bytes of its argument; none where those are somebody else's by now."""
+        finished = request.state not in (RequestState.THREAD_QUEUED, RequestState.THREAD_ACTIVE)
+        if finished and not outlives_worker(request.arg, request.opaque):
+            return b""
+        return read_raw(self.memory, request.arg)
 
     def restart(self, request: int, now_ns: int) -> None:
         """What looked like one request was several: count its ages from now on."""
@@ -150,7 +157,7 @@ def _gone_on(then: _Seen, request: Request, before_ns: int, now_ns: int) -> _See
 
 def _same(then: _Seen, now: Request, about: bytes) -> bool:
     """Whether a request at the same address may be the same one: it goes on, never back."""
-    if then.request.state > now.state or then.about != about:
+    if then.request.state > now.state or (about and then.about != about):
         return False
     return _identity(then.request) == _identity(now)
 

@@ -10,7 +10,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import closing, suppress
-from dataclasses import field
+from dataclasses import field, replace
 from functools import partial
 
 from tracer import figures, posix_aio, probes
@@ -39,6 +39,7 @@ from tracer.live import LiveView
 from tracer.looking import Finding, Looker
 from tracer.maps import FLAG_NO_CALLBACK, Record, Statistics, Subject
 from tracer.pools import Pool
+from tracer.posix_aio import Operation
 from tracer.records import dataclass
 from tracer.sampling import MemorySampler
 from tracer.sites.model import CALLBACK, DONE, SITE_NAMES
@@ -546,7 +547,15 @@ class Watch:
             self._ignored[record.request] = record
             return
         pool = finding.pool.address if finding.pool else None
-        self._judged(finding, known or _Alerted(record, pool, since_ns))
+        self._judged(self._as_recorded(finding, record), known or _Alerted(record, pool, since_ns))
+
+    def _as_recorded(self, finding: Finding, record: Record) -> Finding:
+        """Kind and file as the submit probe saw them, where memory does not tell them any more (up to QEMU 3.1)."""
+        if record.before or record.fd is None or finding.operation.fd is not None:
+            return finding
+        operation = Operation(record.kind, record.fd, self._descriptors.name(record.fd))
+        facts = replace(finding.facts, kind=operation.kind, file=operation.file)
+        return replace(finding, operation=operation, facts=facts)
 
     def _still(self, record: Record) -> bool:
         if self._probes is None or self._mode == NONE:

@@ -10,7 +10,17 @@ import pytest
 from tracer.coroutine import read_waiter
 from tracer.errors import FaultError
 from tracer.machine import HOST
-from tracer.posix_aio import SINCE_4_0, UP_TO_3_1, Operation, Order, order_of, read_node, read_operation
+from tracer.posix_aio import (
+    SINCE_4_0,
+    UP_TO_3_1,
+    Operation,
+    Order,
+    kind_of,
+    order_of,
+    outlives_worker,
+    read_node,
+    read_operation,
+)
 from tracer.target import Region
 from tracer.view import Frame, ProcessView, Stack
 
@@ -159,3 +169,32 @@ def test_a_coroutine_and_its_stack() -> None:
 def test_what_is_no_coroutine(coroutine: bytes) -> None:
     view = View({0x30000: struct.pack("<Q", 0x50000) + bytes(2048), 0x50000: coroutine}, {})
     assert read_waiter(cast(ProcessView, view), [CODE], 0x30000) is None
+
+
+@pytest.mark.parametrize(
+    ("arg", "opaque", "there"),
+    [
+        (0x7F0000101F40, 0x7F0000101E80, True),  # both on the coroutine's stack (since 4.0)
+        (0x55550000A000, 0x7F0000101E80, False),  # aio_worker() has freed it (up to 3.1)
+        (0x7F0000101F40, 0, False),
+    ],
+)
+def test_an_argument_that_the_worker_frees_is_not_believed(arg: int, opaque: int, there: bool) -> None:
+    assert outlives_worker(arg, opaque) is there
+
+
+@pytest.mark.parametrize(
+    ("functions", "kind"),
+    [
+        (("bdrv_aio_flush_co_entry", "bdrv_co_flush"), "flush"),  # the vendor's article
+        (("bdrv_co_do_rw", "bdrv_co_do_pwritev", "bdrv_aligned_pwritev"), "write"),
+        (("bdrv_co_do_rw", "bdrv_co_do_preadv"), "read"),
+        (("bdrv_rw_co_entry", "bdrv_co_preadv"), "read"),
+        ((None, "qemu_coroutine_yield", "bdrv_co_pdiscard"), "discard"),
+        ((None, "bdrv_co_do_write_zeroes", "bdrv_co_writev"), "write-zeroes"),
+        (("thread_start",), None),
+        ((), None),
+    ],
+)
+def test_the_coroutine_tells_the_kind(functions: tuple[str | None, ...], kind: str | None) -> None:
+    assert kind_of(functions) == kind
