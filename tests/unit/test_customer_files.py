@@ -16,10 +16,22 @@ import pytest
 from tests.fuzzing import core_file
 from tests.targets import Recipe, build
 from tracer.core import CoreView
-from tracer.corefile import NT_FACTS, NT_PRSTATUS, OWN_NOTE, PF_R, PF_W, PRSTATUS_SIZE, PT_LOAD, PT_NOTE, CoreFile
+from tracer.corefile import (
+    NT_FACTS,
+    NT_PRSTATUS,
+    OWN_NOTE,
+    PF_R,
+    PF_W,
+    PRSTATUS_REGISTERS,
+    PRSTATUS_REST,
+    PT_LOAD,
+    PT_NOTE,
+    CoreFile,
+)
 from tracer.elf import Image
 from tracer.errors import AioTraceError, FaultError, TargetError
 from tracer.inspect import diagnose
+from tracer.machine import HOST
 from tracer.report import json_line
 from tracer.save import _note
 from tracer.target import AT_ENTRY
@@ -43,7 +55,8 @@ def core(path: Path, headers: list[tuple[int, ...]], content: bytes, size: int) 
 
 def noted(path: Path, facts: bytes, loads: list[tuple[int, ...]] | None = None, size: int = 2 * PAGE) -> Path:
     """A core of one thread, with that note of ours, and one page of memory unless other segments are given."""
-    notes = _note(b"CORE", NT_PRSTATUS, struct.pack("<32xi", 7).ljust(PRSTATUS_SIZE, b"\0")) + _note(
+    status_size = PRSTATUS_REGISTERS + 8 * len(HOST.registers) + PRSTATUS_REST
+    notes = _note(b"CORE", NT_PRSTATUS, struct.pack("<32xi", 7).ljust(status_size, b"\0")) + _note(
         OWN_NOTE, NT_FACTS, facts
     )
     loads = loads or [(PT_LOAD, PF_R | PF_W, 0, 0x10000, 0, PAGE, PAGE, PAGE)]
