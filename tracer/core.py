@@ -438,7 +438,7 @@ class CoreView:
     @property
     def _stacks(self) -> Unwinder:
         if self._unwinder is None:
-            self._unwinder = Unwinder(self, self._open_region, self.machine)
+            self._unwinder = Unwinder(self, self._open_region, self.machine, lambda _region: None)
         return self._unwinder
 
     # What only tracer/save notes.

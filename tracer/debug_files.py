@@ -38,7 +38,9 @@ class Place:
 class DebugFiles:
     """The files that tell more about `image`; `reasons` says why others were not used. Close it."""
 
-    def __init__(self, image: Image, place: Place | None = None) -> None:
+    def __init__(self, image: Image, place: Place | None = None, most: int = _MAX_UNPACKED) -> None:
+        """`most` is how much mini debug info is unpacked; bytes."""
+        self._most = most
         self._image = image
         self._place = place or Place(_real_path(image.path))
         self._opened: list[Image] = []
@@ -58,7 +60,9 @@ class DebugFiles:
             return None
         try:
             found = Image.of_bytes(
-                f"{self._image.path} (.gnu_debugdata)", _unpacked(self._image.section_bytes(section)), debug=True
+                f"{self._image.path} (.gnu_debugdata)",
+                _unpacked(self._image.section_bytes(section), self._most),
+                debug=True,
             )
             self._check_build(found)
         except ImageError as error:
@@ -152,14 +156,14 @@ def _crc_of(image: Image) -> int:
     return crc
 
 
-def _unpacked(packed: bytes) -> bytes:
+def _unpacked(packed: bytes, most: int) -> bytes:
     if len(packed) > _MAX_PACKED:
         raise ImageError("it is far too large")
     import lzma
 
     unpacker = lzma.LZMADecompressor(memlimit=_MAX_MEMORY)
     try:
-        data = unpacker.decompress(packed, _MAX_UNPACKED)
+        data = unpacker.decompress(packed, most)
     except lzma.LZMAError as error:
         raise ImageError(str(error)) from error
     if not unpacker.eof:

@@ -2,10 +2,11 @@
 
 Knows: the files that are mapped, their call frame information (tracer/eh_frame) and symbols, and what calls
 look like on x86-64 and aarch64. A live thread that sleeps shows only its pc and sp; the other registers are
-unknown until a frame tells where it saved them. Where a frame needs one that is unknown, the stack is
-searched for the caller: a return address behind a call, from which the frames lead to the thread's
-beginning. Such a stack is not `complete`, and says so. Does not know QEMU, nor how long the memory it reads
-stays as it is.
+unknown until a frame tells where it saved them. Where a frame needs one that is unknown, the stack is searched
+for the caller: a return address behind a call, from which the frames lead to the thread's beginning. Such a
+stack is not `complete`, and says so. Names are those of symbols that stand exactly where a function of the unwind
+table begins: the file's own, its mini debug info's, its separate debug file's. Does not know QEMU, nor how long
+the memory it reads stays as it is.
 
 On aarch64 a function that calls none (glibc's system calls since 2.41) has its return address in x30 alone. Its
 caller is the one place that calls it and whose own frame, laid at this very stack pointer by its rules, holds a
@@ -19,8 +20,10 @@ import os
 import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import field
+from functools import partial
 from typing import Protocol
 
+from tracer.debug_files import DebugFiles, Place
 from tracer.eh_frame import (
     EXPRESSION,
     MASK,
@@ -52,6 +55,9 @@ MAX_SCANS = 4
 #: The frame of what calls a system call is no larger; bytes.
 LEAF_CALLER_SIZE = 1024
 _LARGEST_VDSO = 1 << 20
+#: Of no more files than these the debug information is looked at, and of each no more mini debug info; bytes.
+MAX_DEBUG_FILES = 16
+MAX_MINI = 16 << 20
 
 Registers = Mapping[int, int]  # by DWARF's numbers; one that is not in it is unknown
 
@@ -76,17 +82,18 @@ class Module:
     image: Image
     bias: int
     frames: FrameTable
+    more: Callable[[], tuple[Image, ...]] = tuple  # what else names the file's functions
     names: dict[int, str | None] = field(default_factory=dict)  # by the function's start, in the file
 
     def name_of(self, start: int) -> str | None:
-        """The function that starts at that address of the file, by its symbols."""
+        """The function that starts at that address of the file, by its symbols, else by its debug files'."""
         if start not in self.names:
-            try:
-                found = self.image.symbol_names_at(start)
-            except ImageError:
-                found = ()
-            self.names[start] = min(found, key=lambda name: (name.startswith("_"), "." in name), default=None)
+            self.names[start] = next((name for each in self._images() if (name := _name_in(each, start))), None)
         return self.names[start]
+
+    def _images(self) -> Iterator[Image]:
+        yield self.image
+        yield from self.more()
 
 
 @dataclass(frozen=True)
@@ -110,9 +117,18 @@ class Unwinder:
     """Unwinds stacks of one process; files and rules are kept, memory is not. Close it."""
 
     def __init__(
-        self, process: Mapped, open_file: Callable[[Region], Image] | None = None, machine: Machine = HOST
+        self,
+        process: Mapped,
+        open_file: Callable[[Region], Image] | None = None,
+        machine: Machine = HOST,
+        debug_place: Callable[[Region], Place | None] | None = None,
     ) -> None:
+        """`debug_place` tells where a mapped file's debug file may be (None: also beside the file that was opened);
+        without it that is the host's /usr/lib/debug alone.
+        """
         self._process = process
+        self._debug_place = debug_place or host_place
+        self._debug: dict[Image, DebugFiles] = {}
         self._machine = machine
         self._pc, self._sp = machine.dwarf[machine.pc], machine.dwarf[machine.sp]
         self._memory = process.memory
@@ -124,6 +140,9 @@ class Unwinder:
 
     def close(self) -> None:
         """Give the files back."""
+        for debug in self._debug.values():
+            debug.close()
+        self._debug = {}
         for image in self._images.values():
             image.close()
         self._images = {}
@@ -482,7 +501,16 @@ class Unwinder:
         bias = load_bias(image, region)
         if bias is None:
             return f"{region.path} is not the file that was mapped"
-        return Module(region.path, image, bias, FrameTable(image))
+        return Module(region.path, image, bias, FrameTable(image), partial(self._debug_images, region, image))
+
+    def _debug_images(self, region: Region, image: Image) -> tuple[Image, ...]:
+        """The mini debug info and the separate debug file, where they are at hand."""
+        if image not in self._debug:
+            if len(self._debug) >= MAX_DEBUG_FILES or region.path.startswith("["):
+                return ()
+            self._debug[image] = DebugFiles(image, self._debug_place(region), MAX_MINI)
+        debug = self._debug[image]
+        return tuple(each for each in (debug.mini, debug.separate) if each is not None)
 
     def _image(self, region: Region) -> Image:
         key = region.path if region.inode or region.path.startswith("[") else f"{region.path}@{region.start:x}"
@@ -501,6 +529,20 @@ class Unwinder:
             if region.path.endswith(" (deleted)") or not os.path.isabs(region.path):
                 raise
             return Image.open(f"{folder}/root{region.path}")
+
+
+def host_place(region: Region) -> Place:
+    """Only the host's own: what lies beside a mapped file, or under a process's root, others may have put there."""
+    return Place(region.path.removesuffix(" (deleted)"), beside=False)
+
+
+def _name_in(image: Image, start: int) -> str | None:
+    """Of several names that of a program's own source; "$x" and the like (of aarch64) mark code and name nothing."""
+    try:
+        found = [name for name in image.symbol_names_at(start) if not name.startswith("$")]
+    except ImageError:
+        return None
+    return min(found, key=lambda name: (name.startswith("_"), "." in name), default=None)
 
 
 def _known(registers: Registers) -> Callable[[int], int]:

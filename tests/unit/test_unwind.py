@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
@@ -15,6 +16,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.conftest import require
+from tests.targets import debug_file, stripped, with_mini_debug_info
+from tracer.debug_files import Place
 from tracer.eh_frame import EXPRESSION, OFFSET, UNDEFINED, VAL_EXPRESSION, FrameError, FrameTable, Row, evaluate
 from tracer.elf import Image
 from tracer.errors import AioTraceError
@@ -105,6 +108,61 @@ def stack_of(process: Process, tid: int, unwinder: Unwinder) -> Stack:
 def own(stack: Stack) -> list[str]:
     """Its frames in the program itself."""
     return [frame.function or "?" for frame in stack.frames if (frame.module or "").endswith("/calls")]
+
+
+def install(program: Path, root: Path) -> None:
+    """Put its debug file where a distribution does, below `root`."""
+    with Image.open(program) as image:
+        build_id = str(image.build_id)
+    target = root / "usr/lib/debug/.build-id" / build_id[:2] / f"{build_id[2:]}.debug"
+    target.parent.mkdir(parents=True)
+    shutil.copy(debug_file(program), target)
+
+
+def functions_in(process: Process, place: Callable[[Region], Place | None] | None = None) -> list[str]:
+    """The functions of the main thread's stack that lie in the program itself; "?" without a name."""
+    own_file = os.path.realpath(process.target.exe)
+    with closing(Unwinder(process, debug_place=place)) as unwinder:
+        stack = stack_of(process, process.pid, unwinder)
+        return [frame.function or "?" for frame in stack.frames if frame.module == own_file]
+
+
+NAMED = ["innermost", "plain", "outer", "main"]
+
+
+def test_mini_debug_info_names_functions(program: Path) -> None:
+    """A binary as Fedora and RHEL ship it: no .symtab, and .gnu_debugdata in its place."""
+    with sleeping(stripped(program), "p") as process:
+        assert not set(functions_in(process)) & set(NAMED)
+    with sleeping(with_mini_debug_info(program), "p") as process:
+        assert functions_in(process)[:4] == NAMED
+
+
+def test_mini_debug_info_has_bounds(program: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What unpacks to more than a program's symbols may take names nothing."""
+    with sleeping(with_mini_debug_info(program), "p") as process:
+        monkeypatch.setattr("tracer.unwind.MAX_MINI", 256)
+        assert not set(functions_in(process)) & set(NAMED)
+        monkeypatch.undo()
+        monkeypatch.setattr("tracer.unwind.MAX_DEBUG_FILES", 0)
+        assert not set(functions_in(process)) & set(NAMED)
+
+
+def test_a_separate_debug_file_names_functions(program: Path, tmp_path: Path) -> None:
+    install(program, tmp_path)
+    with sleeping(stripped(program), "p") as process:
+        found = functions_in(process, lambda region: Place(region.path, (str(tmp_path),), beside=False))
+    assert found[:4] == NAMED
+
+
+def test_a_debug_file_beside_a_running_program_is_not_believed(program: Path, tmp_path: Path) -> None:
+    """Whoever made up the path may have put a file there; of a core's executable it is the user's own."""
+    linked, beside = tmp_path / "calls", tmp_path / "calls.debug"
+    shutil.copy(debug_file(program), beside)
+    subprocess.run(["objcopy", f"--add-gnu-debuglink={beside}", stripped(program), linked], check=True)
+    with sleeping(linked, "p") as process:
+        assert not set(functions_in(process)) & set(NAMED)
+        assert functions_in(process, lambda _region: Place(str(linked)))[:4] == NAMED
 
 
 @pytest.mark.parametrize(
