@@ -169,7 +169,7 @@ def _handle_signals(stop: Stop) -> None:
 
 
 #: What tells which QEMU is meant, and how it is reached: the last of two would be taken, and the first forgotten.
-ONCE = frozenset({"pid", "core", "exe", "save", "socket_path", "via", "domain", "nudge_socket"})
+ONCE = frozenset({"pid", "core", "exe", "save", "socket_path", "via", "domain", "connect", "nudge_socket"})
 
 
 def _refuse_twice(command: click.Command, ctx: click.Context, args: list[str]) -> None:
@@ -670,7 +670,8 @@ def check(pid: int | None, exe: str | None, locate: str | None, as_json: bool, v
 @click.option("--pid", type=click.IntRange(min=1), required=True, metavar="PID", help="The QEMU whose guest hangs.")
 @click.option("--qmp", "socket_path", metavar="SOCKET", help="The UNIX socket of its QMP monitor.")
 @click.option("--via", type=click.Choice(["virsh"]), help="Ask through libvirt, which holds the socket.")
-@click.option("--domain", metavar="NAME", help="libvirt's name of it, where that is to be checked.")
+@click.option("--domain", metavar="NAME", help="libvirt's name, UUID or number of it, where that is to be checked.")
+@click.option("--connect", metavar="URI", help="Of the libvirt that started it, where virsh's usual ones are not.")
 @click.option("--force", is_flag=True, help="If the monitor does not free it: one call inside QEMU.")
 @click.option("--yes", is_flag=True, help="Do not ask before --force.")
 @click.option(
@@ -683,6 +684,7 @@ def nudge(
     socket_path: str | None,
     via: str | None,
     domain: str | None,
+    connect: str | None,
     force: bool,
     yes: bool,
     timeout: float,
@@ -704,15 +706,17 @@ def nudge(
         raise click.UsageError("How? Give --qmp SOCKET, --via virsh, or --force.")
     if socket_path and via:
         raise click.UsageError("--qmp and --via exclude each other.")
-    if domain and not via:
-        raise click.UsageError("--domain goes with --via virsh.")
+    if (domain is not None or connect is not None) and not via:
+        raise click.UsageError("--domain and --connect go with --via virsh.")
+    if connect == "":
+        raise click.UsageError("--connect needs a URI.")
     if force and not yes and not sys.stdin.isatty():
         raise click.UsageError("--force asks before it acts, and nobody can answer here; give --yes as well.")
     from tracer.freeing import Told, Ways
 
     streams = Streams()
     ways = Ways(
-        _monitor_chosen(socket_path, via, domain, timeout),
+        _virsh_chosen(domain, connect, timeout, streams.progress) if via else _socket_chosen(socket_path, timeout),
         force,
         None if yes else lambda: _confirm("Do it?"),
     )
@@ -738,14 +742,18 @@ def nudge(
     return told.status
 
 
-def _monitor_chosen(
-    socket_path: str | None, via: str | None, domain: str | None, timeout_s: float
-) -> Callable[[Target], Monitor] | None:
-    from tracer.qmp import SocketMonitor, VirshMonitor
+def _virsh_chosen(
+    domain: str | None, connect: str | None, timeout_s: float, say: Callable[[str], None]
+) -> Callable[[Target], Monitor]:
+    from tracer.libvirt import VirshMonitor
 
-    if socket_path:
-        return lambda target: SocketMonitor(target, socket_path, timeout_s)
-    return (lambda target: VirshMonitor(target, domain, timeout_s)) if via else None
+    return lambda target: VirshMonitor(target, domain, connect, say, timeout_s)
+
+
+def _socket_chosen(path: str | None, timeout_s: float) -> Callable[[Target], Monitor] | None:
+    from tracer.qmp import SocketMonitor
+
+    return (lambda target: SocketMonitor(target, path, timeout_s)) if path else None
 
 
 def _confirm(question: str) -> None:

@@ -364,11 +364,9 @@ ANSWERS = (
             {
                 "device": "d0",
                 "qdev": "/machine/peripheral/vda",
-                "inserted": {
-                    "file": "/a",
-                    "drv": "qcow2",
-                    "image": {"filename": "/a", "backing-image": {"filename": "/b", "format": "raw"}},
-                },
+                "node-name": "top",
+                "parent": {"node-name": "file", "stats": {}},
+                "backing": {"node-name": "base", "parent": {"node-name": "base-file"}},
             }
         ],
         "id": "ID",
@@ -415,7 +413,7 @@ def qmp_answers(folder: Path) -> Trial:
         ]
         drives_of(_loaded(odd_json(ANSWERS[1]["return"], dice)))
         with closing(SocketMonitor(me, str(path), 1.0)) as client:
-            return f"{len(drives_of(client.execute('query-block')))} drives"
+            return f"{len(drives_of(client.execute('query-blockstats')))} drives"
 
     return trial
 

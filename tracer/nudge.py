@@ -7,7 +7,6 @@ completion, nothing is sent and nothing called.
 
 from __future__ import annotations
 
-import os
 import re
 import textwrap
 import time
@@ -30,16 +29,21 @@ from tracer.events import Nudged
 from tracer.home import parked
 from tracer.live import LiveView
 from tracer.looking import Looker
+from tracer.posix_aio import read_node
 from tracer.qmp import Monitor, force_hint
 from tracer.records import dataclass
 from tracer.survey import Stuck, Survey, still_stuck, survey, went_on
-from tracer.target import Target, Thread, read_text
+from tracer.target import Target, Thread, inner_numbers
 from tracer.text import printable
 from tracer.verdict import LOOP_BLOCKED, LOOP_BUSY, LOST_KICK, LOST_WAKEUP, STOPPED, UNPOLLED_KICK
 
 #: Not aligned to any sector: QEMU reads the sector around it into a buffer of its own, by the thread pool
 #: also where aio=native or io_uring would take an aligned read past it. -q: nothing in QEMU's log.
 READ = "aio_read -q {} 510"
+#: For QEMU up to 2.6, whose qemu-io takes whole sectors only, and says so where nobody reads it.
+READ_SECTOR = "aio_read -q {} 512"
+#: How long the first may take before the second is sent as well; seconds.
+READ_PATIENCE_S = 1.0
 #: How long a request may take to go on after something was done for it; seconds.
 PATIENCE_S = 3.0
 #: query-status cures a lost kick of the main loop at once, or not at all; seconds.
@@ -57,9 +61,11 @@ WHY_READ = (
 )
 
 WIDTH = 77
-WHY_NOT_FREED = (
-    "not freed: no read came through. What was lost may be a qcow2 image's own metadata, for which all that uses the\n"
-    "image waits. {} frees it."
+WHY_SECTOR = "the same of a whole sector: an old QEMU (up to 2.6) takes no other, and does not tell"
+NOT_FREED = "not freed: the request waits still, and the monitor did not say why. {} frees it."
+NOT_FREED_QCOW2 = (
+    "not freed: no read came through. The file is a qcow2 image: what was lost may be its metadata, for which all\n"
+    "that uses the image waits. {} frees it."
 )
 
 #: What an audit line calls a request that went on, and one whose process ended meanwhile.
@@ -74,11 +80,10 @@ HELP = {
 
 @dataclass(frozen=True)
 class Drive:
-    """A disk as query-block tells it: how qemu-io addresses it, and the files behind it."""
+    """A disk as query-blockstats tells it: how qemu-io addresses it, and its nodes, those of its backing chain too."""
 
     argument: str
-    files: tuple[str, ...]  # its own first, then those of its backing chain
-    format: str | None = None
+    nodes: frozenset[str]
 
 
 @dataclass(frozen=True)
@@ -172,7 +177,7 @@ class Nudge:
 
         Whatever ends it, what was sent until then is in the audit lines.
         """
-        sent: list[str] = []
+        sent = list(monitor.asked)
         failed: dict[int, AioTraceError] = {}
         try:
             self._ask(seen, _Talk(monitor, sent), failed)
@@ -188,11 +193,11 @@ class Nudge:
 
     def _ask(self, seen: Survey, talk: _Talk, failed: dict[int, AioTraceError]) -> None:
         """Questions first, then for each pool what it needs; why a pool was refused goes to `failed`."""
-        self._announce("query-status, query-block", WHY_QUESTIONS)
+        self._announce("query-status, query-blockstats", WHY_QUESTIONS)
         talk.execute("query-status")
         kicked = [each for each in seen.curable if each.verdict.cause == LOST_KICK]
         self._gone(kicked, KICK_PATIENCE_S)
-        drives = drives_of(talk.execute("query-block"))
+        drives = drives_of(talk.execute("query-blockstats"))
         for stuck in _one_a_pool(seen.curable):
             if not self._still(stuck):
                 continue
@@ -210,7 +215,7 @@ class Nudge:
     def _ring(self, stuck: Stuck, talk: _Talk) -> None:
         """Wake an iothread: setting its polling time to what it is rings its eventfd, and no more."""
         home = stuck.finding.facts.home_tid
-        inner = inner_tid(self.target, home) if home else None
+        inner = inner_numbers(self.target.pid, home)[-1] if home else None
         with suppress(CommandRefused):
             for iothread in _objects(talk.execute("query-iothreads")):
                 if iothread.get("thread-id") != inner or not {"id", "poll-max-ns"} <= iothread.keys():
@@ -231,14 +236,28 @@ class Nudge:
             raise NudgeRefused("the monitor knows no disk that could be read", force_hint(self.target))
         refused = None
         for drive in chosen:
-            line = f'qemu-io {drive.argument} "{READ.format(self._offset(drive))}"'
-            self._announce(talk.spelled(line), WHY_READ)
-            refused = self._send(talk, line)
-            if self._gone([stuck], 0 if refused else self._settings.patience_s):
+            refused = self._read_drive(stuck, drive, talk)
+            if not self._still(stuck):
                 return
         if refused is not None:
             raise refused
-        self._say(WHY_NOT_FREED.format(force_hint(self.target)))
+        file = self._file(stuck)
+        self._say((NOT_FREED_QCOW2 if file and qcow2.holds(file) else NOT_FREED).format(force_hint(self.target)))
+
+    def _read_drive(self, stuck: Stuck, drive: Drive, talk: _Talk) -> CommandRefused | None:
+        """Read from it until the request has gone on; what the monitor has to say against the last of the reads."""
+        at = self._data_at(stuck, drive)
+        refused = None
+        for words, why, patience_s in (
+            (READ.format(at + 1), WHY_READ, READ_PATIENCE_S),
+            (READ_SECTOR.format(at), WHY_SECTOR, self._settings.patience_s),
+        ):
+            line = f'qemu-io {drive.argument} "{words}"'
+            self._announce(talk.spelled(line), why)
+            refused = self._send(talk, line)
+            if self._gone([stuck], 0 if refused else patience_s):
+                break
+        return refused
 
     def _send(self, talk: _Talk, line: str) -> CommandRefused | None:
         """What the human monitor has to say against it, or None."""
@@ -261,28 +280,26 @@ class Nudge:
         )
 
     def _behind(self, stuck: Stuck, drives: Sequence[Drive]) -> list[Drive]:
-        """All drives, those on the lost request's own file first.
+        """All drives, those with the lost request's own node first.
 
         The others are for a lost write of a qcow2 image's metadata: the image is locked meanwhile, and a read of
         it waits, too. Their pool may be another one; then their reads are harmless and of no use.
         """
-        identity = _identity(f"/proc/{self.target.pid}/fd/{stuck.finding.operation.fd}")
+        return sorted(drives, key=lambda drive: not self._is_own(stuck, drive))
 
-        def is_another(drive: Drive) -> bool:
-            return identity is None or all(_identity(self._path(file)) != identity for file in drive.files)
+    def _is_own(self, stuck: Stuck, drive: Drive) -> bool:
+        node = read_node(self._memory, stuck.request.arg)
+        return node is not None and node.name in drive.nodes
 
-        return sorted(drives, key=is_another)
+    def _file(self, stuck: Stuck) -> str | None:
+        """The lost request's file, by the process's own descriptor: no path that anybody names is opened."""
+        fd = stuck.finding.operation.fd
+        return None if fd is None else f"/proc/{self.target.pid}/fd/{fd}"
 
-    def _offset(self, drive: Drive) -> int:
+    def _data_at(self, stuck: Stuck, drive: Drive) -> int:
         """Where the drive has data: for what a qcow2 image does not hold, QEMU asks no pool."""
-        if drive.format == "qcow2":
-            return (qcow2.first_data(self._path(drive.files[0])) or 0) + 1 if drive.files else 1
-        return 1
-
-    def _path(self, file: str) -> str:
-        """A file of the process as seen from here; it may be in a container."""
-        folder = "root" if file.startswith("/") else "cwd"
-        return f"/proc/{self.target.pid}/{folder}/{file.lstrip('/')}"
+        file = self._file(stuck) if self._is_own(stuck, drive) else None
+        return (qcow2.first_data(file) or 0) if file else 0
 
     # -- by force -----------------------------------------------------------------------------------
 
@@ -574,26 +591,24 @@ def _refusal(seen: Survey, target: Target, nothing: str) -> NudgeRefused:
 
 
 def drives_of(answer: Any) -> list[Drive]:
-    """The disks of query-block's answer that qemu-io can read without making and draining a backend of its own.
+    """The disks of query-blockstats' answer that qemu-io can read without making and draining a backend of its own.
 
     That is why none is addressed by its node name. A disk of -blockdev has no name but its device's path.
     Raises MonitorError where that is no answer of QEMU.
     """
     if not isinstance(answer, list):
-        raise MonitorError("the monitor answered query-block with what is no list of disks")
+        raise MonitorError("the monitor answered query-blockstats with what is no list of disks")
     drives = []
     for entry in _objects(answer):
-        inserted = entry.get("inserted")
-        if not inserted or not isinstance(inserted, dict):
-            continue
+        if not isinstance(entry.get("parent"), dict) and not entry.get("node-name"):
+            continue  # without a medium
         if entry.get("device"):
             argument = str(entry["device"])
         elif entry.get("qdev"):
             argument = f"-d {entry['qdev']}"
         else:
             continue
-        files = tuple(_files(inserted.get("image"), inserted.get("file")))
-        drives.append(Drive(argument, files, inserted.get("drv")))
+        drives.append(Drive(argument, frozenset(_nodes(entry))))
     return drives
 
 
@@ -602,31 +617,16 @@ def _objects(answer: Any) -> Iterator[dict[str, Any]]:
     return (entry for entry in answer if isinstance(entry, dict)) if isinstance(answer, list) else iter(())
 
 
-def _files(image: object, file: object) -> Iterator[str]:
-    """The file of a disk and those of its backing chain."""
-    if isinstance(file, str):
-        yield file
-    while isinstance(image, dict):
-        if isinstance(image.get("filename"), str):
-            yield image["filename"]
-        image = image.get("backing-image")
-
-
-def _identity(path: str) -> tuple[int, int] | None:
-    with suppress(OSError, ValueError):
-        status = os.stat(path)
-        return status.st_dev, status.st_ino
-    return None
+def _nodes(entry: dict[str, Any]) -> Iterator[str]:
+    """The names of a disk's nodes, of its file and of its backing chain."""
+    left = [entry]
+    while left:
+        node = left.pop()
+        if isinstance(node.get("node-name"), str):
+            yield node["node-name"]
+        left += _objects([node.get("parent"), node.get("backing")])
 
 
 def _version(text: str | None) -> tuple[int, ...]:
     found = re.match(r"(\d+)\.(\d+)", text or "")
     return (int(found[1]), int(found[2])) if found else (0, 0)
-
-
-def inner_tid(target: Target, tid: int) -> int:
-    """A thread's id as the process itself sees it, in its container."""
-    with suppress(OSError):
-        found = re.search(r"^NSpid:.*?(\d+)$", read_text(f"/proc/{target.pid}/task/{tid}/status"), re.M)
-        return int(found[1]) if found else tid
-    return tid

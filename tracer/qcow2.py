@@ -8,7 +8,13 @@ from __future__ import annotations
 
 import os
 import struct
+from collections.abc import Callable
 from contextlib import suppress
+from typing import TypeVar
+
+from tracer.target import open_regular
+
+T = TypeVar("T")
 
 MAGIC = b"QFI\xfb"
 OFFSET_MASK = 0x00FFFFFFFFFFFE00
@@ -18,12 +24,21 @@ MAX_L1 = 1 << 20
 MAX_TABLES = 64
 
 
+def holds(path: str) -> bool:
+    """Whether the file there is a qcow2 image; False for what is no regular file, or cannot be read."""
+    return bool(_opened(path, lambda fd: os.pread(fd, len(MAGIC), 0) == MAGIC))
+
+
 def first_data(path: str) -> int | None:
     """The lowest guest offset of a cluster with plain data; None where there is none, or no qcow2."""
+    return _opened(path, _search)
+
+
+def _opened(path: str, read: Callable[[int], T]) -> T | None:
     with suppress(OSError, struct.error):
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        fd = open_regular(path)
         try:
-            return _search(fd)
+            return read(fd)
         finally:
             os.close(fd)
     return None

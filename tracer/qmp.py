@@ -1,34 +1,29 @@
 """QEMU's monitor: connected to, proved to be the right one, asked.
 
-Knows: QMP by its socket or through libvirt's virsh, and what goes wrong with either. Does not know what is
-asked or why.
+Knows: QMP by its socket, what goes wrong with that, and how people speak to it through libvirt. Does not know what
+is asked or why.
 """
 
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import os
 import re
 import select
 import shlex
-import shutil
 import socket
 import struct
-import subprocess
 from collections.abc import Coroutine, Mapping
 from contextlib import suppress
 from typing import Any, Protocol, TypeVar
 
 from qemu.qmp import ExecuteError, QMPClient, QMPError
 
-from tracer.errors import CommandRefused, MonitorBusy, MonitorDead, MonitorError, ToolMissing, pasted
+from tracer.errors import CommandRefused, MonitorBusy, MonitorDead, MonitorError, pasted
 from tracer.target import Target, looks_like_qemu, read_text
 
 TIMEOUT_S = 5.0
-#: What libvirt says while an earlier command of its own is not answered.
-LOCKED = "cannot acquire state change lock"
 #: How long to wait for the connection itself to be given back.
 GOODBYE_S = 1.0
 # Columns of /proc/net/unix: flags of a socket that listens, state of one that is served.
@@ -42,6 +37,9 @@ T = TypeVar("T")
 
 class Monitor(Protocol):
     """Something that runs QMP commands in one QEMU."""
+
+    #: What QEMU was asked before anybody else asked, as people know it.
+    asked: list[str]
 
     def execute(self, command: str, arguments: Mapping[str, object] | None = None) -> Any:
         """What the command returns. Raises CommandRefused, or another MonitorError."""
@@ -63,6 +61,7 @@ class SocketMonitor:
         self._target = target
         self._path = path
         self._timeout_s = timeout_s
+        self.asked: list[str] = []
         # What goes wrong comes as exceptions; the library's log would say it twice.
         logging.getLogger("qemu.qmp").addHandler(logging.NullHandler())
         self._connection = connection = _connected(path, target, timeout_s)
@@ -102,7 +101,7 @@ class SocketMonitor:
             what = f"the monitor at {self._path} greets, but does not answer within {self._timeout_s:g} s"
             raise self._dead(what) from error
         except _LOST as error:
-            raise MonitorError(f"QMP cannot be begun at {self._path}: {_short(error)}") from error
+            raise MonitorError(f"QMP cannot be begun at {self._path}: {short(error)}") from error
 
     def _run(self, work: Coroutine[Any, Any, T]) -> T:
         return self._loop.run_until_complete(asyncio.wait_for(work, self._timeout_s))
@@ -114,9 +113,9 @@ class SocketMonitor:
         except TimeoutError as error:
             raise self._dead(f"the monitor did not answer {command} within {self._timeout_s:g} s") from error
         except ExecuteError as error:
-            raise CommandRefused(f"the monitor refused {command}: {_short(error)}") from error
+            raise CommandRefused(f"the monitor refused {command}: {short(error)}") from error
         except _LOST as error:
-            raise MonitorError(f"the monitor was lost during {command}: {_short(error)}") from error
+            raise MonitorError(f"the monitor was lost during {command}: {short(error)}") from error
 
     def spelled(self, line: str) -> str:
         """As typed at a human monitor."""
@@ -146,95 +145,40 @@ class SocketMonitor:
                     self._loop.run_until_complete(asyncio.wait(tasks, timeout=GOODBYE_S))
 
 
-class VirshMonitor:
-    """QMP through libvirt, which holds the socket; its --hmp form is for people."""
-
-    def __init__(self, target: Target, domain: str | None, timeout_s: float = TIMEOUT_S) -> None:
-        self._timeout_s = timeout_s
-        self._target = target
-        program = shutil.which("virsh")
-        if program is None:
-            raise ToolMissing("virsh is not installed", "apt install libvirt-clients")
-        named = domain_of(target)
-        if named is None:
-            raise MonitorError(f"process {target.pid} was not started by libvirt: its command line has no -name guest=")
-        if domain is not None and domain != named:
-            raise MonitorError(f"process {target.pid} is domain {named}, not {domain}", f"--domain {pasted(named)}")
-        self._domain = named
-        self._program = program
-
-    def execute(self, command: str, arguments: Mapping[str, object] | None = None) -> Any:
-        """What the command returns. Raises CommandRefused, MonitorDead (time is over) or MonitorError."""
-        message = {"execute": command} | ({"arguments": dict(arguments)} if arguments else {})
-        answer = self._answer(command, json.dumps(message))
-        if "error" in answer:
-            error = answer["error"]
-            why = error.get("desc") if isinstance(error, dict) else error
-            raise CommandRefused(f"the monitor refused {command}: {_short(why)}")
-        return answer.get("return")
-
-    def _answer(self, command: str, message: str) -> dict[str, Any]:
-        argv = [self._program, "qemu-monitor-command", self._domain, message]
-        try:
-            done = subprocess.run(
-                argv,
-                capture_output=True,
-                encoding="utf-8",
-                errors="replace",
-                timeout=self._timeout_s,
-                check=False,
-                stdin=subprocess.DEVNULL,
-            )
-        except subprocess.TimeoutExpired as error:
-            what = f"virsh did not answer {command} within {self._timeout_s:g} s"
-            raise MonitorDead(what, force_hint(self._target)) from error
-        except OSError as error:
-            raise MonitorError(f"virsh cannot be run: {error.strerror}") from error
-        if done.returncode:
-            why = _short(done.stderr) if done.stderr.strip() else _ending(done.returncode)
-            if LOCKED in done.stderr:
-                what = f"libvirt waits for an earlier command on this domain and takes no other ({why})"
-                raise MonitorDead(what, force_hint(self._target))
-            raise MonitorError(f"virsh failed: {why}", f"virsh domstate {pasted(self._domain)}")
-        try:
-            answer = json.loads(done.stdout)
-        except (ValueError, RecursionError) as error:
-            raise MonitorError(f"virsh answered {command} with what is no JSON: {_shown(done.stdout)}") from error
-        if not isinstance(answer, dict):
-            raise MonitorError(f"virsh answered {command} with what is no answer of QMP: {_shown(done.stdout)}")
-        return answer
-
-    def spelled(self, line: str) -> str:
-        """The virsh line."""
-        return virsh_line(self._domain, line)
-
-    def close(self) -> None:
-        """Nothing is held."""
-
-
 def force_hint(target: Target) -> str:
     """What helps where the monitor does not."""
     return f"sudo aio-trace nudge --pid {target.pid} --force"
 
 
-def virsh_line(domain: str, line: str) -> str:
+def virsh_line(domain: str, line: str, uri: str | None = None) -> str:
     """What a person types to send a line of the human monitor through libvirt."""
-    return f"virsh qemu-monitor-command {shlex.quote(domain)} --hmp {shlex.quote(line)}"
+    where = f"-c {shlex.quote(uri)} " if uri else ""
+    return f"virsh {where}qemu-monitor-command {shlex.quote(domain)} --hmp {shlex.quote(line)}"
 
 
 def domain_of(target: Target) -> str | None:
     """libvirt's name of the process, from its own command line (-name guest=NAME,…), or None."""
-    with suppress(OSError, ValueError):
+    found = re.match(r"guest=((?:[^,]|,,)+)", _option(target, "-name") or "")
+    return found[1].replace(",,", ",") if found else None
+
+
+def uuid_of(target: Target) -> str | None:
+    """The UUID on the process's own command line, in lower case, or None."""
+    found = re.fullmatch(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", (_option(target, "-uuid") or "").lower())
+    return found[0] if found else None
+
+
+def _option(target: Target, name: str) -> str | None:
+    """The word after that one on the process's command line, or None."""
+    with suppress(OSError, ValueError, IndexError):
         words = read_text(f"/proc/{target.pid}/cmdline").split("\0")
-        found = re.match(r"guest=((?:[^,]|,,)+)", words[words.index("-name") + 1])
-        return found[1].replace(",,", ",") if found else None
+        return words[words.index(name) + 1]
     return None
 
 
 def busy(path: str, target: Target) -> MonitorBusy:
     """The error for a socket that somebody else holds, with the line to paste."""
-    domain = domain_of(target)
-    line = virsh_line(domain or "DOMAIN", 'qemu-io DRIVE "aio_read 0 512"')
+    line = virsh_line(uuid_of(target) or "DOMAIN", 'qemu-io DRIVE "aio_read 0 512"')
     where = f"sudo aio-trace nudge --pid {target.pid} --via virsh, or: {line}"
     return MonitorBusy(f"another client, usually libvirt, holds the monitor at {path}", where)
 
@@ -359,15 +303,7 @@ def _has_sockets(pid: int, inodes: set[int]) -> bool:
     return bool(inodes) and not missing
 
 
-def _ending(status: int) -> str:
-    """How a program ended that said nothing."""
-    return f"killed by signal {-status}" if status < 0 else f"exit status {status}"
-
-
-def _shown(answer: str) -> str:
-    return _short(answer) if answer.strip() else "nothing"
-
-
-def _short(error: object) -> str:
+def short(error: object) -> str:
+    """What went wrong in one line of at most 200 characters."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= 200 else text[:197] + "…"

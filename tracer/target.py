@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import os
 import re
+import stat
 import struct
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -186,6 +187,29 @@ def _number(text: str, base: int = 10) -> int:
     return value
 
 
+def open_regular(path: str) -> int:
+    """A regular file opened for reading, its descriptor; OSError for anything else, which is not opened at all.
+
+    Somebody else named the path: a FIFO would hold us up, and a device may do something when it is opened.
+    """
+    place = os.open(path, os.O_PATH | os.O_CLOEXEC)
+    try:
+        if not stat.S_ISREG(os.fstat(place).st_mode):
+            raise OSError(errno.EINVAL, "not a regular file", path)
+        return os.open(f"/proc/self/fd/{place}", os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY)
+    finally:
+        os.close(place)
+
+
+def inner_numbers(pid: int, tid: int | None = None) -> list[int]:
+    """The numbers of a thread (the process's main one) in our PID namespace and in each of those within, ours first."""
+    tid = pid if tid is None else tid
+    with suppress(OSError, ValueError):
+        found = re.search(r"^NSpid:\s*(.+)$", read_text(f"/proc/{pid}/task/{tid}/status"), re.M)
+        return [int(number) for number in found[1].split()] if found else [tid]
+    return [tid]
+
+
 def _stat_fields(pid: int, tid: int | None = None) -> tuple[str, list[str]]:
     """(comm, fields from state on) of /proc/PID[/task/TID]/stat; comm may hold spaces and parentheses."""
     text = read_text(f"/proc/{pid}/stat" if tid is None else f"/proc/{pid}/task/{tid}/stat")
@@ -295,6 +319,14 @@ class Target:
             return int(_stat_fields(self.pid, tid)[1][LAST_CPU])
         except (OSError, ValueError, IndexError):
             return None
+
+    @property
+    def uid(self) -> int:
+        """The user it runs as; 0 where that is not known."""
+        with suppress(OSError):
+            found = re.search(r"^Uid:\s*\d+\s+(\d+)", read_text(f"/proc/{self.pid}/status"), re.M)
+            return int(found[1]) if found else 0
+        return 0
 
     def tids(self) -> list[int]:
         """The numbers of all threads now, in order."""

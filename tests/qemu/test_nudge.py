@@ -61,7 +61,7 @@ def test_by_monitor(watched: Qemu) -> None:
         watched.wait_until(lambda expected=before.submitted + 1: watched.trace_counts().completed == expected)
         assert watched.trace_counts().submitted == before.submitted + 1
         names = [json.loads(line)["execute"] for line in commands(watched)[sent:] if line.startswith("{")]
-        assert names == ["qmp_capabilities", "query-status", "query-block", "human-monitor-command"]
+        assert names == ["qmp_capabilities", "query-status", "query-blockstats", "human-monitor-command"]
         assert "query-status" in done.errors
         assert 'qemu-io d0 "aio_read -q 1 510"' in done.errors
 
@@ -103,7 +103,7 @@ def test_a_lost_kick_needs_a_question_only(iothread: str | None) -> None:
         assert (event["request"], event["cause"], event["freed"]) == (hex(request), "lost-kick", True)
         names = [json.loads(line)["execute"] for line in commands(qemu)[sent:] if line.startswith("{")]
         ring = ["query-iothreads", "qom-set"] if iothread else []
-        assert names == ["qmp_capabilities", "query-status", "query-block", *ring]
+        assert names == ["qmp_capabilities", "query-status", "query-blockstats", *ring]
         assert qemu.trace_counts() == TraceCounts(before.submitted, before.submitted)
 
 
@@ -190,7 +190,7 @@ def test_each_nudge_leaves_an_audit_line(paused_qemu: Qemu, tmp_path: Path) -> N
             assert f"nudge pid={paused_qemu.pid} " in line
             assert f"request={lost.request:#x}" in line
             assert "before=lost-wakeup after=gone freed=yes" in line
-            sent = """command='query-status; query-block; qemu-io d0 "aio_read -q 1 510"'"""
+            sent = """command='query-status; query-blockstats; qemu-io d0 "aio_read -q 1 510"'"""
             assert (sent if "--qmp" in options else "command='qemu_bh_schedule(") in line
             assert "by=operator(uid 4711)" in line
             assert "audit line is" not in done.errors
@@ -401,8 +401,13 @@ def test_a_disk_of_blockdev_has_only_its_device(tmp_path: Path) -> None:
 
 VIRSH = """#!{python}
 import json, os, socket, sys
-command, domain, message = sys.argv[1:]
-assert (command, domain) == ("qemu-monitor-command", "web 1")
+option, uri, command, domain, *rest = sys.argv[1:]
+assert (option, uri, domain) == ("-c", "qemu:///system", "{uuid}")
+if command == "domname":
+    print("web 1")
+    sys.exit()
+assert command == "qemu-monitor-command"
+(message,) = rest
 def passed_on():
     with socket.socket(socket.AF_UNIX) as monitor:
         monitor.connect("{socket}")
@@ -413,16 +418,20 @@ def passed_on():
             answers.flush()
             answer = answers.readline()
         print(answer)
+if "query-cpus-fast" in message or "gpa2hva" in message:
+    passed_on()
+    sys.exit()
 {body}
 """
 PASSED_ON = "passed_on()"
-GUEST = ("-name", "guest=web 1,debug-threads=on")
+UUID = "c7a5fdbd-edaf-9455-926a-d65c16db1809"
+GUEST = ("-name", "guest=web 1,debug-threads=on", "-uuid", UUID, "-machine", "q35")
 
 
 def virsh(folder: Path, qemu: Qemu, body: str = PASSED_ON) -> dict[str, str]:
     """An environment with a virsh that does `body`; as libvirt has it, it speaks to the real QEMU."""
     program = folder / "virsh"
-    program.write_text(VIRSH.format(python=sys.executable, socket=qemu.spare_monitor, body=body))
+    program.write_text(VIRSH.format(python=sys.executable, socket=qemu.spare_monitor, uuid=UUID, body=body))
     program.chmod(0o755)
     return {**os.environ, "PATH": f"{folder}:{os.environ['PATH']}"}
 
@@ -433,7 +442,7 @@ def test_through_libvirt(tmp_path: Path) -> None:
         lost = faults.lose(qemu, "d0", "write")
         done = nudge(qemu.pid, "--via", "virsh", "--domain", "other", environment=environment)
         assert done.status == 1
-        assert "is domain web 1, not other" in done.errors
+        assert f"is domain web 1 ({UUID}), not other" in done.errors
         assert "--domain 'web 1'" in done.errors
         done = nudge(qemu.pid, "--via", "virsh", environment={**os.environ, "PATH": "/nowhere"})
         assert done.status == 1
@@ -441,7 +450,7 @@ def test_through_libvirt(tmp_path: Path) -> None:
         assert lost.still_lost()
         done = nudge(qemu.pid, "--via", "virsh", environment=environment)
         assert done.status == 0, done.errors
-        assert "virsh qemu-monitor-command 'web 1' --hmp 'qemu-io d0" in done.errors
+        assert f"virsh -c qemu:///system qemu-monitor-command {UUID} --hmp 'qemu-io d0" in done.errors
         assert not lost.still_lost()
 
 
@@ -453,7 +462,7 @@ def test_what_virsh_should_not_say(tmp_path: Path) -> None:
         "print(5)": "no answer of QMP: 5",
         """print('{"error": "why"}')""": "refused query-status: why",
         """print('{"return": {}}')""": "no list of disks",
-        """print('{"return": ["x", {"device": "d0", "inserted": "y"}]}')""": "no disk that could be read",
+        """print('{"return": ["x", {"device": "d0", "parent": "y"}]}')""": "no disk that could be read",
         r"os.write(1, b'\xff\xfe')": "no JSON",
         "print('[' * 100000)": "no JSON",
     }
@@ -463,6 +472,40 @@ def test_what_virsh_should_not_say(tmp_path: Path) -> None:
             done = nudge(qemu.pid, "--via", "virsh", environment=virsh(tmp_path, qemu, body))
             assert done.status == 1
             assert sentence in done.events[-1]["message"], done.errors
+        assert lost.still_lost()
+        lost.free()
+
+
+def test_a_qemu_that_takes_whole_sectors_only(tmp_path: Path) -> None:
+    """As those up to 2.6 do, which tell it on their own standard output: the aligned read frees."""
+    body = """
+if "510" in message:
+    print('{"return": ""}')
+else:
+    passed_on()
+"""
+    with paused(extra=GUEST) as qemu:
+        lost = faults.lose(qemu, "d0", "write")
+        done = nudge(qemu.pid, "--via", "virsh", environment=virsh(tmp_path, qemu, body))
+        assert done.status == 0, done.errors
+        assert "aio_read -q 0 512" in done.nudges[0]["command"]
+        assert not lost.still_lost()
+
+
+def test_no_reason_is_given_that_was_not_seen(tmp_path: Path) -> None:
+    """The disk is raw: nothing of it waits for a qcow2 image's lock."""
+    body = """
+if "human-monitor-command" in message:
+    print('{"return": ""}')
+else:
+    passed_on()
+"""
+    with paused(extra=GUEST) as qemu:
+        lost = faults.lose(qemu, "d0", "write")
+        done = nudge(qemu.pid, "--via", "virsh", environment=virsh(tmp_path, qemu, body))
+        assert done.status == 3, done.errors
+        assert "the monitor did not say why" in done.errors
+        assert "qcow2" not in done.errors
         assert lost.still_lost()
         lost.free()
 
@@ -543,7 +586,7 @@ else:
         assert b"nothing was sent" not in errors
         (event,) = (json.loads(line) for line in output.splitlines())
         assert (event["request"], event["freed"]) == (hex(lost.request), True)
-        assert event["command"].startswith("query-status; query-block; qemu-io ")
+        assert event["command"].startswith("query-cpus-fast; gpa2hva 0; query-status; query-blockstats; qemu-io ")
 
 
 def test_a_process_that_ends_meanwhile_is_not_freed(tmp_path: Path) -> None:
@@ -581,7 +624,7 @@ else:
         with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as asked:
             assert asked.stderr
             for line in asked.stderr:
-                if line.startswith("sending: virsh"):
+                if line.startswith("sending: virsh -c"):
                     break
             asked.send_signal(number)
             errors = asked.stderr.read()

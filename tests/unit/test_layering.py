@@ -42,7 +42,7 @@ STAGES: tuple[tuple[str, ...], ...] = (
     ("tracer.host", "tracer.outside_pool"),
     ("tracer.check", "tracer.figures", "tracer.looking", "tracer.sampling", "tracer.report"),
     ("tracer.descriptors", "tracer.qmp", "tracer.xstate", "tracer.audit", "tracer.survey", "tracer.qcow2"),
-    ("tracer.inject",),
+    ("tracer.inject", "tracer.libvirt"),
     ("tracer.inspect", "tracer.report_inspect", "tracer.nudge"),
     ("tracer.save", "tracer.nudger", "tracer.freeing", "tracer.spending"),
     ("tracer.watch", "tracer.preparing", "tracer.commands"),
