@@ -47,6 +47,7 @@ def test_a_lost_completion_is_named(microvm: Qemu) -> None:
         lost = faults.lose(microvm, "d0", "write", pool)
         alert = trace.expect("alert")
         assert (alert["cause"], int(alert["request"], 16)) == ("lost-wakeup", lost.request)
+        assert alert["evidence"]["barrier_fixed"] is True  # by the shape of aio_bh_poll()
         lost.free()
         assert trace.expect("resolved")["request"] == alert["request"]
         assert trace.finish() == 3

@@ -127,6 +127,16 @@ def test_what_is_not_seen_is_not_claimed(tmp_path: Path) -> None:
         assert read(image) is None
 
 
+@pytest.mark.parametrize("level", ["-O1", "-O2", "-O3", "-Os"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_loop_without_a_name_is_known_by_what_it_does(tmp_path: Path, shape: str, level: str) -> None:
+    """Close to qemu_bh_schedule() it takes the mark off a bottom half, and calls that one's function."""
+    defines, expected = SHAPES[shape]
+    with built(tmp_path, defines, level, poll="static __attribute__((used))") as image:
+        program = Program(Code(image, decoder_for(image.machine)), DynamicNames(image))
+        assert schedules_with_barrier(program, callback=8) is expected
+
+
 def test_a_plain_mark_is_enough_to_say_no(tmp_path: Path) -> None:
     with built(tmp_path, (), "-O2", poll="static __attribute__((used))") as image:
         assert read(image) is False

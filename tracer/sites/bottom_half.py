@@ -6,14 +6,19 @@ thread pool.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from tracer.layout import BottomHalfLayout
-from tracer.sites.flow import Argument, Called, Const, Exchanged, Flow, FlowError, Stored
+from tracer.sites.flow import Argument, Called, Const, Exchanged, Flow, FlowError, Load, Stored, Value
 from tracer.sites.outlined import exchanges
 from tracer.sites.program import Program
 from tracer.sites.proof import NotProved, agreed
 from tracer.sites.thread_pool import BottomHalves, HalfMembers, Mark
 
 _MAX_HOPS = 3
+#: How far from each other functions of one file (util/async.c) are, in bytes, and how many are looked at.
+_NEAR = 4096
+_MAX_CLOSE = 48
 
 
 def bottom_half_layout(
@@ -52,11 +57,14 @@ def _members(program: Program, creator: int) -> HalfMembers:
     )
 
 
-def schedules_with_barrier(program: Program, schedule: int | None = None) -> bool | None:
+def schedules_with_barrier(
+    program: Program, schedule: int | None = None, callback: int | None = None, near: Sequence[int] = ()
+) -> bool | None:
     """Whether bottom halves are scheduled with the barriers of QEMU commit e8d3b1a25f (in v2.3).
 
     Since then qemu_bh_schedule() marks a bottom half, and aio_bh_poll() takes the mark off, by an atomic
     exchange. One plain store of the two is enough to lose a wake-up. None if that cannot be seen.
+    `callback` and `near` are as for takes_off_atomically().
     """
     schedule = program.address("qemu_bh_schedule") if schedule is None else schedule
     if schedule is None:
@@ -64,24 +72,80 @@ def schedules_with_barrier(program: Program, schedule: int | None = None) -> boo
     try:
         mark = _mark(program, schedule)
         marks = any((event.offset, event.width) == mark for event in _exchanges(program, schedule))
-        return takes_off_atomically(program, mark) if marks else False
+        return takes_off_atomically(program, mark, callback, (schedule, *near)) if marks else False
     except (NotProved, FlowError):
         return None
 
 
-def takes_off_atomically(program: Program, mark: tuple[int, int]) -> bool | None:
-    """Whether aio_bh_poll() takes that mark (offset, width) off atomically; None if it does not show."""
+def takes_off_atomically(
+    program: Program, mark: tuple[int, int], callback: int | None = None, near: Sequence[int] = ()
+) -> bool | None:
+    """Whether aio_bh_poll() takes that mark (offset, width) off atomically; None if it does not show.
+
+    Where no name tells which function that is, it is the one of the same file, so close to a function that is known
+    (`near`), that takes the mark off a bottom half and calls that one's function, at `callback`.
+    """
     poll = program.address("aio_bh_poll")
-    if poll is None:
+    if poll is not None:
+        found = _taken_off(program.flow(poll), program, mark)
+        return True if True in found.values() else False if found else None
+    if callback is None:
         return None
-    flow = program.flow(poll)
-    # The function's own argument is the AioContext, which has members at such offsets, too.
-    if any(each.base != Argument(0) and (each.offset, each.width) == mark for each in exchanges(program, flow)):
-        return True
-    stores = [event for event in flow.events if isinstance(event, Stored) and event.base != Argument(0)]
-    if any((event.offset, event.width, event.value) == (*mark, Const(0)) for event in stores):
-        return False
+    for start in _close_to(program, near):
+        try:
+            flow = program.flow(start)
+            taken = _taken_off(flow, program, mark)
+            answers = {taken[half] for half in _run(flow, program, callback) if half in taken} if taken else set()
+        except FlowError:
+            continue
+        if answers:
+            return answers == {True}
     return None
+
+
+def _taken_off(flow: Flow, program: Program, mark: tuple[int, int]) -> dict[Value, bool]:
+    """From which objects the mark is taken, and whether atomically.
+
+    The function's own argument is the AioContext, which has members at such offsets, too.
+    """
+    plain = {
+        event.base: False
+        for event in flow.events
+        if isinstance(event, Stored) and (event.offset, event.width, event.value) == (*mark, Const(0))
+    }
+    atomic = {each.base: True for each in exchanges(program, flow) if (each.offset, each.width) == mark}
+    return {base: how for base, how in (plain | atomic).items() if base != Argument(0)}
+
+
+def _run(flow: Flow, program: Program, callback: int) -> set[Value]:
+    """The bottom halves whose function is called, here or by aio_bh_call()."""
+    found = {_called_half(event, callback) for event in flow.events if isinstance(event, Called)}
+    for event in flow.events:
+        if isinstance(event, Called) and event.direct and _calls_half(program, event.target, callback):
+            found.add(event.arguments[0])
+    return {half for half in found if half is not None}
+
+
+def _calls_half(program: Program, target: int | None, callback: int) -> bool:
+    """Whether that function calls the function of the bottom half that is its argument."""
+    if target is None or not program.code.starts_function(target):
+        return False
+    try:
+        events = program.flow(target).events
+    except FlowError:
+        return False
+    return any(_called_half(event, callback) == Argument(0) for event in events if isinstance(event, Called))
+
+
+def _called_half(call: Called, callback: int) -> Value | None:
+    callee = call.callee
+    return callee.base if isinstance(callee, Load) and (callee.offset, callee.width) == (callback, 8) else None
+
+
+def _close_to(program: Program, near: Sequence[int]) -> list[int]:
+    """The functions around those, the closest first."""
+    starts = {start: 0 for at in near for start in program.image.functions_in(at - _NEAR, at + _NEAR)}
+    return sorted(starts, key=lambda start: min(abs(start - at) for at in near))[:_MAX_CLOSE]
 
 
 def _filled(flow: Flow) -> dict[int, list[int]]:

@@ -78,13 +78,14 @@ def located(program: Program, shown: Shown, strategy: str) -> Located:
         *(_site(program, CALLBACK, shown.halves.completion, site, strategy) for site in shown.callback.sites),
     ]
     first = {site.name: site for site in reversed(sites)}
+    layout = _layout(program, shown, strategy)
     return Located(
         sites=first,
-        layout=_layout(program, shown, strategy),
+        layout=layout,
         functions=_functions(program, shown),
         attempts=(Attempt(strategy, "found and proved", ok=True),),
         main_context=_main_context(program, shown),
-        barrier_fixed=_barrier(program, shown),
+        barrier_fixed=_barrier(program, shown, layout.bottom_half.callback),
         more_sites=tuple(site for site in sites if site not in first.values()),
     )
 
@@ -291,12 +292,17 @@ def _bottom_half(program: Program, shown: Shown) -> BottomHalfLayout:
     return bottom_half_layout(program, halves, schedule, inlined, named, cancels)
 
 
-def _barrier(program: Program, shown: Shown) -> bool | None:
+def _barrier(program: Program, shown: Shown, callback: int) -> bool | None:
     """An atomic mark that was inlined is as good as one in qemu_bh_schedule() itself."""
-    mark = read_inlined_schedule(program.flow(shown.worker), shown.halves.completion_bh)
-    if mark is not None:
-        return takes_off_atomically(program, (mark.offset, mark.width)) if mark.atomic else False
-    return schedules_with_barrier(program, shown.schedule)
+    halves = shown.halves
+    near = () if halves.creator is None else (halves.creator,)
+    mark = read_inlined_schedule(program.flow(shown.worker), halves.completion_bh)
+    try:
+        if mark is not None:
+            return takes_off_atomically(program, (mark.offset, mark.width), callback, near) if mark.atomic else False
+        return schedules_with_barrier(program, shown.schedule, callback, near)
+    except FlowError:
+        return None
 
 
 def _site(program: Program, name: str, function: int, place: Place, strategy: str) -> Site:
