@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import os
 import shutil
+from pathlib import Path
 
 import pytest
 
+from tests.bundling import bundled
 from tests.conftest import require
 from tests.kernels.boards import AMD64, ARM64
 from tests.kernels.images import SYSTEMS, RootMissing, System, image_of
@@ -29,14 +31,20 @@ def system(request: pytest.FixtureRequest) -> System:
 
 
 @pytest.fixture(scope="session")
-def outcome(system: System) -> Outcome:
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The archive for hosts without a network."""
+    return bundled(tmp_path_factory.mktemp("bundle"))
+
+
+@pytest.fixture(scope="session")
+def outcome(system: System, bundle: Path) -> Outcome:
     """What its trial told, from its boot to its end."""
     require(os.geteuid() == 0, "the kernels need root")
     for tool in ("debootstrap", "mke2fs", system.board.emulator):
         require(shutil.which(tool), f"{tool} is not installed")
     try:
         image = image_of(system)
-        return trial(image, ("python3", "-m", "tests.kernels.trial"), PATIENCE_S[system.board])
+        return trial(image, bundle, ("python3", "-m", "tests.kernels.trial"), PATIENCE_S[system.board])
     except RootMissing as error:
         require(False, f"no image of {system.name}: {error}")
         raise

@@ -75,11 +75,14 @@ class Outcome:
         )
 
 
-def trial(image: Image, command: Sequence[str], patience_s: float) -> Outcome:
-    """Boot the image, run the command (words without spaces) in the project, and wait until the machine is off."""
+def trial(image: Image, bundle: Path, command: Sequence[str], patience_s: float) -> Outcome:
+    """Boot the image, run the command (words without spaces) in the project, and wait until the machine is off.
+
+    The bundle is carried in as the file that it is; the machine has no network card.
+    """
     with tempfile.TemporaryDirectory(prefix="aio-trace-kernel-") as scratch:
         folder = Path(scratch)
-        (folder / "initramfs").write_bytes(image.initramfs.read_bytes() + project(image, command))
+        (folder / "initramfs").write_bytes(image.initramfs.read_bytes() + project(image, bundle, command))
         for name in ("console", "lines"):
             (folder / name).touch()
         began = time.monotonic()
@@ -92,6 +95,7 @@ def trial(image: Image, command: Sequence[str], patience_s: float) -> Outcome:
 def _command_line(image: Image, folder: Path) -> list[str]:
     board = image.board
     argv = [board.emulator, *board.options, "-accel", "tcg,thread=multi", "-smp", "2", "-m", str(MEMORY_MIB)]
+    # No network card: -nodefaults, and none is named.
     argv += ["-nodefaults", "-display", "none", "-no-reboot"]
     argv += ["-kernel", str(image.kernel), "-initrd", str(folder / "initramfs"), "-append"]
     argv += [f"{OPTIONS} console={board.console} lines={board.lines}"]
@@ -124,10 +128,11 @@ def _lines(path: Path) -> Iterator[dict[str, Any]]:
 # What goes in beside the image
 
 
-def project(image: Image, command: Sequence[str]) -> bytes:
-    """An archive with this working copy, the libraries that it needs under that Python, and what is to be run."""
+def project(image: Image, bundle: Path, command: Sequence[str]) -> bytes:
+    """An archive with this working copy, its libraries for that Python, its bundle, and what is to be run."""
     found: list[tuple[str, int, bytes]] = [("project", 0o40755, b"")]
     found += [("project/start", 0o100755, START.encode()), ("project/command", 0o100644, " ".join(command).encode())]
+    found += _files(bundle, "project/bundle.tar.gz")
     found += [("project/code", 0o40755, b""), ("project/site", 0o40755, b"")]
     for name in CODE:
         found += _files(ROOT / name, f"project/code/{name}")

@@ -17,6 +17,7 @@ import signal
 import struct
 import subprocess
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -103,6 +104,27 @@ def counts_of(mode: str) -> Callable[[Qemu], Found]:
         return {"asked": asked, "requests": requests, "startup_s": trace.named("attached")[0]["startup_s"]}
 
     return counts
+
+
+def bundle(qemu: Qemu) -> Found:
+    """The bundle, unpacked as README says, traces on a machine without a network: nothing of the trial's is used."""
+    assert {path.name for path in Path("/sys/class/net").iterdir()} <= {"lo"}
+    with tempfile.TemporaryDirectory() as folder:
+        subprocess.run(["tar", "-C", folder, "-xf", str(ROOT.parent / "bundle.tar.gz")], check=True)
+        (program,) = Path(folder).glob("aio-trace-*/aio-trace")
+        start = ["env", "-i", f"XDG_CACHE_HOME={folder}", str(program), "--pid", str(qemu.pid), "--json"]
+        # Its Python begins isolated: neither the trial's folder nor its libraries can be imported.
+        with Trace.of(start) as trace:
+            attached = trace.expect("attached", PATIENCE_S)
+            before = qemu.trace_counts()
+            for number in range(ROUNDS):
+                qemu.request("d0", KINDS[number % 4])
+            asked = qemu.trace_counts().completed - before.completed
+            assert trace.finish() == 0, trace.errors
+    requests = trace.summary["requests"]
+    assert asked >= ROUNDS
+    assert (requests["submitted"], requests["completed"]) == (asked, asked), requests
+    return {"bundle": program.parent.name, "asked": asked, "startup_s": attached["startup_s"]}
 
 
 def alert_of(mode: str) -> Callable[[Qemu], Found]:
@@ -277,6 +299,8 @@ def checks() -> dict[str, Callable[[Qemu], Found]]:
     """Those of one QEMU by name, in an order in which each finds it well."""
     found = {f"counts-{mode}": counts_of(mode) for mode in MODES}
     found.update({f"alert-{mode}": alert_of(mode) for mode in MODES})
+    if platform.machine() == "x86_64":  # as is all that a bundle holds
+        found["bundle"] = bundle
     for check in (inspect, nudge_by_monitor, nudge_by_force, killed, all_of_them):
         found[check.__name__.replace("_", "-")] = check
     return found

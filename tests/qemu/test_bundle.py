@@ -5,18 +5,16 @@ from __future__ import annotations
 import ast
 import os
 import subprocess
-import sys
 import tarfile
 from pathlib import Path
 
 import pytest
 
 import tracer
-from tests.conftest import require
+from tests.bundling import bundled
 from tests.qemu.tracing import Trace
 from tracer.lab.qemu import paused
 
-ROOT = Path(__file__).resolve().parents[2]
 #: As a hypervisor may be: no network, nothing in the environment.
 OFFLINE = ("unshare", "--net", "env", "-i")
 
@@ -25,9 +23,7 @@ OFFLINE = ("unshare", "--net", "env", "-i")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The launcher in the folder that was unpacked."""
     folder = tmp_path_factory.mktemp("bundle")
-    done = subprocess.run([ROOT / ".ci/bundle", sys.executable, folder], capture_output=True, text=True, check=False)
-    require(done.returncode == 0, f"the wheels could not be had: {done.stderr[-300:]}")
-    with tarfile.open(done.stdout.strip()) as archive:
+    with tarfile.open(bundled(folder)) as archive:
         members = archive.getmembers()
         archive.extractall(folder)
     assert {member.uid for member in members} == {0}
