@@ -35,6 +35,7 @@ _DT_STRSZ, _DT_JMPREL, _DT_GNU_HASH = 10, 23, 0x6FFFFEF5
 _NT_GNU_BUILD_ID = 3
 _NT_STAPSDT = 3
 _STT_FUNC = 2
+_STT_OBJECT = 1
 _SYMBOL_SIZE = _RELA_SIZE = 24
 
 # A walk that a sound file ends long before; a damaged one must not take hours.
@@ -365,7 +366,12 @@ class Image:
             found += self._suffixed(table, name.encode())
         return tuple(dict.fromkeys(found))
 
-    def _suffixed(self, table: _SymbolTable, name: bytes) -> Iterator[Symbol]:
+    def variables_named(self, name: str) -> tuple[Symbol, ...]:
+        """All variables in .symtab of that name, or with a suffix to it."""
+        table = self._symtab
+        return () if table is None else tuple(dict.fromkeys(self._suffixed(table, name.encode(), _STT_OBJECT)))
+
+    def _suffixed(self, table: _SymbolTable, name: bytes, kind: int = _STT_FUNC) -> Iterator[Symbol]:
         rows = self._bytes(table.offset, table.size)
         strings = self._bytes(table.strings, table.strings_size)
         at = strings.find(name)
@@ -375,7 +381,7 @@ class Image:
             if strings[at + len(name) : at + len(name) + 1] in (b"\0", b"."):
                 for index in _rows(rows, _SYMBOL_SIZE, 0, struct.pack("<I", at)):
                     found = self._symbol_at(table, index)
-                    if found is not None and rows[index * _SYMBOL_SIZE + 4] & 15 == _STT_FUNC:
+                    if found is not None and rows[index * _SYMBOL_SIZE + 4] & 15 == kind:
                         yield found
             at = strings.find(name, at + 1)
 

@@ -49,10 +49,36 @@ def find_home(view: ProcessView, context: int, main_context: int | None, worker_
 
     The main context is run by the main thread. An iothread has its context's address in its stack or
     thread-local storage. Workers, which have a return address into `worker_code` on their stack, may
-    hold it too and are left out; two candidates are none.
+    hold it too and are left out; two candidates are none. Where it is not known which context is the main one, or
+    no stack tells, the thread whose poll listens to the context's bell does.
     """
     if context == main_context:
         return view.pid
+    if main_context is None and (listener := _listener(view, context)) is not None:
+        return listener
+    return _by_stack(view, context, main_context, worker_code) or (
+        None if main_context is None else _listener(view, context)
+    )
+
+
+def _listener(view: ProcessView, context: int) -> int | None:
+    """The one thread that sleeps in a poll of the context's bell.
+
+    The main thread's poll is of the main context alone, whoever else drains that. Others run a context where the main
+    thread sleeps in a poll of its own, and so drains nothing.
+    """
+    fd = find_bell(view, context, None).fd
+    main = view.thread(view.pid)
+    if fd is None or main is None or not parked(main):
+        return None
+    if _listens(view, main, fd):
+        return main.tid
+    others = [thread for thread in view.threads() if thread.tid != main.tid and not re.match(NOT_HOME, thread.name)]
+    found = [thread.tid for thread in others if _listens(view, thread, fd)]
+    return found[0] if len(found) == 1 else None
+
+
+def _by_stack(view: ProcessView, context: int, main_context: int | None, worker_code: range) -> int | None:
     regions = view.regions()
     until = time.thread_time() + MOST_S
     candidates = []

@@ -82,6 +82,14 @@ class Child:
             if parked(found):
                 return found
 
+    def park_main(self, bell: str) -> None:
+        """Let the main thread sleep in a poll of that bell, for ever."""
+        assert self.process.stdin
+        self.process.stdin.write(f"sleeper('main', [{bell}])\n")
+        self.process.stdin.flush()
+        while (main := self.target.thread(self.process.pid)) is None or not parked(main):
+            pass
+
     def home(self, context: str = "context", main_context: int | None = None) -> int | None:
         """find_home(), once all threads sleep."""
         for name in self.said["tids"]:
@@ -148,6 +156,19 @@ def test_a_name_decides_between_two() -> None:
         child = Child(process, target, LiveView(target), said)
         assert child.home(main_context=1) == said["tids"]["IO two"]
         process.kill()
+
+
+@threads(drains=HOME)
+def test_the_main_thread_that_listens_has_the_main_context(child: Child) -> None:
+    """Where LTO has left nothing that tells the main context: others poll it too when they drain."""
+    child.park_main("bell")
+    assert child.home() == child.process.pid
+
+
+@threads(one=HOME, deaf=HOME)
+def test_who_listens_decides_between_two(child: Child) -> None:
+    child.park_main("silent")
+    assert child.home(main_context=1) == child.home() == child.said["tids"]["one"]
 
 
 @threads(bystander=["plain"])

@@ -267,6 +267,18 @@ def install(program: Path, root: Path, as_build_id_of: Path | None = None) -> Pa
     return target
 
 
+@pytest.mark.parametrize("compiler", COMPILERS)
+def test_the_main_context_where_lto_leaves_no_function_that_tells(compiler: str, folder: Path) -> None:
+    """qemu_get_aio_context() is inlined; the symbol of the variable tells, and the other strategies take it over."""
+    program = build(Recipe(compiler, "-O3", True, version=702), folder)
+    with Image.open(program) as image:
+        assert image.symbol("qemu_get_aio_context") is None
+        rows = [row.split() for row in run("nm", "--defined-only", str(program)).splitlines()]
+        expected = {int(row[0], 16) for row in rows if row[-1].split(".")[0] == "qemu_aio_context"}
+        assert {locate(image).main_context} == expected
+    assert located(stripped(program), None).main_context is None
+
+
 # Debug files that are not ours.
 
 

@@ -70,7 +70,7 @@ def _best(search: Search, names: tuple[str, ...]) -> Located:
             notes.append(told)
             continue
         attempts += found.attempts
-        best = best or found
+        best = found if best is None else _completed(best, found)
     if best is None:
         raise _not_found(search.image, tuple(attempts))
     image = search.image
@@ -81,6 +81,13 @@ def _best(search: Search, names: tuple[str, ...]) -> Located:
         attempts=tuple(attempts),
         notes=(*best.notes, *notes),
     )
+
+
+def _completed(best: Located, other: Located) -> Located:
+    """With what only the other one, which agrees with it, could tell."""
+    main = other.main_context if best.main_context is None else best.main_context
+    barrier = other.barrier_fixed if best.barrier_fixed is None else best.barrier_fixed
+    return replace(best, main_context=main, barrier_fixed=barrier)
 
 
 def _source(located: Located | None) -> str:

@@ -295,7 +295,7 @@ def _bottom_half(program: Program, shown: Shown) -> BottomHalfLayout:
 def _barrier(program: Program, shown: Shown, callback: int) -> bool | None:
     """An atomic mark that was inlined is as good as one in qemu_bh_schedule() itself."""
     halves = shown.halves
-    near = () if halves.creator is None else (halves.creator,)
+    near = (shown.worker,) if halves.creator is None else (halves.creator,)
     mark = read_inlined_schedule(program.flow(shown.worker), halves.completion_bh)
     try:
         if mark is not None:

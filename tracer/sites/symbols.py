@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 
 from tracer.elf import Image
 from tracer.errors import ImageError
@@ -21,6 +22,8 @@ NAME = "symbols"
 
 # Of functions that were changed (arguments removed, constants filled in), renamed, or cut into parts.
 _WHOLE = re.compile(r"(\.(isra|constprop|lto_priv|llvm|localalias)(\.[0-9]+)?)+")
+#: util/async.c up to 6.0, then util/main-loop.c. LTO may inline all that reads it.
+_MAIN_CONTEXT = "qemu_aio_context"
 _PART = re.compile(r"(\.(isra|constprop|lto_priv|llvm|part)(\.[0-9]+)?)+")
 
 
@@ -40,6 +43,21 @@ class SymbolNames:
                     found.append((rank, symbol[1]))
         return tuple(dict.fromkeys(address for _, address in sorted(found, key=lambda each: each[0])))
 
+    def variable(self, name: str) -> int | None:
+        """The one pointer of that name in the image's data, whatever LTO put behind the name; or None."""
+        found = set()
+        for image in self._images():
+            try:
+                symbols = image.variables_named(name)
+            except ImageError:
+                continue
+            found |= {each.address for each in symbols if each.size == 8 and self._in_data(each.address)}
+        return found.pop() if len(found) == 1 else None
+
+    def _in_data(self, address: int) -> bool:
+        segment = self._search.image.segment_at(address)
+        return segment is not None and not segment.executable
+
     def has_tables(self) -> bool:
         """Whether any table names functions that are not exported."""
         return any(image.has_symtab for image in self._images())
@@ -56,7 +74,8 @@ def locate(search: Search) -> Located:
     names = SymbolNames(search)
     if not names.has_tables():
         raise NotProved("; ".join(["there is no .symtab", *search.debug.reasons]))
-    return locate_by_code(Program(search.code, names), NAME, by_strings=False)
+    found = locate_by_code(Program(search.code, names), NAME, by_strings=False)
+    return found if found.main_context is not None else replace(found, main_context=names.variable(_MAIN_CONTEXT))
 
 
 def _symbols_like(image: Image, name: str) -> list[tuple[str, int]]:
