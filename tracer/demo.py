@@ -28,7 +28,7 @@ from tracer.watch import Settings
 DEADLINE_S = 1.0
 INTERVAL_S = 3.0
 STANDSTILL_S = 3.0
-PATIENCE_S = 30.0
+PATIENCE_S = 120.0
 JOIN_S = 20.0
 STEPS = 6
 DRAIN_STEPS = 3

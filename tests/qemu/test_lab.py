@@ -118,6 +118,15 @@ def test_the_guest_stands_still_when_its_completion_is_lost(live_guest: Guest) -
     live_guest.wait_progress(5)
 
 
+def test_a_guest_that_is_only_slow_is_waited_for(live_guest: Guest) -> None:
+    live_guest.wait_progress(1)
+    began = time.monotonic()
+    live_guest.wait_progress(10)
+    ten_rounds = time.monotonic() - began
+    # All together take four times as long, none of them does.
+    live_guest.wait_progress(40, timeout=ten_rounds)
+
+
 @pytest.mark.usefixtures("guest_files")
 @pytest.mark.parametrize(("image_format", "iothread"), [("qcow2", None), ("raw", "io0")])
 def test_no_data_is_lost_with_the_completion(image_format: str, iothread: str | None) -> None:

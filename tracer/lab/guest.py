@@ -37,6 +37,9 @@ MODULES = ("virtio_pci", "virtio_blk")
 OPERATIONS = ("write", "verify", "flush", "read", "discard")
 #: Reads back every block that was written and not discarded since, and compares checksums: slow.
 RECHECK = "recheck"
+#: How long booting may take, until the first round: minutes where the machine is itself an emulated one. A guest
+#: that panics or ends is not waited for.
+BOOT_S = 900.0
 
 PT_INTERP = 3
 # How modules are packed; Python up to 3.13 knows nothing of Zstandard.
@@ -338,19 +341,25 @@ class Guest(Qemu):
         return [line for line in self.console().splitlines() if "failed at" in line or "Kernel panic" in line]
 
     def wait_progress(self, rounds: int = 1, timeout: float = 120.0) -> int:
-        """Wait until that many more rounds are finished, and return the count then."""
-        goal = self.progress() + rounds
+        """Wait until that many more rounds are finished, and return the count then.
 
-        def reached() -> bool:
+        LabError after `timeout` seconds without a further round: a guest that is only slow is waited for.
+        """
+        goal = self.progress() + rounds
+        while (done := self.progress()) < goal:
+            self._wait_round(done, timeout)
+        return done
+
+    def _wait_round(self, done: int, timeout: float) -> None:
+        def further() -> bool:
             if failures := self.failures():
                 raise LabError(f"the guest failed: {failures[0]}")
-            return self.progress() >= goal
+            return self.progress() > done
 
         try:
-            self.wait_until(reached, timeout, f"the guest to finish {rounds} rounds")
+            self.wait_until(further, timeout, f"the guest to finish round {done + 1}")
         except LabError as error:
             raise LabError(f"{error.message}; its console ends: {self.console()[-300:]!r}") from error
-        return self.progress()
 
 
 def guest(
@@ -381,7 +390,7 @@ def guest(
     machine = start(place, argv, [drive], "trace", kind=Guest)
     try:
         export(machine, writable=False)
-        machine.wait_progress()
+        machine.wait_progress(timeout=BOOT_S)
     except BaseException:
         machine.close()
         raise
