@@ -32,6 +32,7 @@ from tracer.target import Region, Thread
 from tracer.verdict import (
     LOOP_BLOCKED,
     LOST_WAKEUP,
+    NESTED_POLL,
     SEVERITY,
     STOPPED,
     UNKNOWN,
@@ -395,6 +396,12 @@ class _Inspection:
         """The threads that run the pools' contexts, as far as that shows."""
         return [thread.tid for pool in pools if (thread := self._looker.home(pool.context)) is not None]
 
+    @staticmethod
+    def _nested_poll(accused: Sequence[InspectedRequest]) -> str | None:
+        """In what the main loop waits, where no name tells more; None where it does not, or that does not show."""
+        nested = any(request.evidence.get("nested_poll") for request in accused if request.evidence)
+        return NESTED_POLL if nested else None
+
     def _verdict(
         self,
         pools: Sequence[InspectedPool],
@@ -405,7 +412,7 @@ class _Inspection:
     ) -> Verdict:
         accused = [request for pool in pools for request in pool.requests if request.overdue]
         if accused:
-            return _worst(accused, drains)
+            return _worst(accused, drains or self._nested_poll(accused))
         count = sum(len(pool.requests) for pool in pools)
         seen = f"No request of {len(pools)} thread pools is overdue ({count} in flight)." if pools else _no_pools()
         seen += _guest(state)

@@ -24,7 +24,7 @@ from tracer.posix_aio import Operation
 from tracer.records import dataclass
 from tracer.target import FILE_SYSCALLS, Thread
 from tracer.text import printable
-from tracer.verdict import MAX_FRAMES, Facts, HomeStack, Look, draining
+from tracer.verdict import MAX_FRAMES, Facts, HomeStack, Look, draining, nested_poll
 from tracer.view import Frame, ProcessView, Stack
 
 LOOKS = 3
@@ -243,6 +243,7 @@ class Looker:
             "poller_name": poller.name if poller else None,
             "poller_stack": self.home_stack(poller) if poller else HomeStack(),
             "draining": self._draining(thread, poller),
+            "nested_poll": self._nested_poll(),
             "home_asleep_s": self._asleep(thread),
             **self._thread_counts(pool),
             "missing": () if thread else ("the thread that runs its context was not found",),
@@ -259,6 +260,16 @@ class Looker:
     def poller(self, context: int, thread: Thread | None) -> Thread | None:
         """Who polls `context` although it is not `thread`, its home thread; None where nobody does."""
         return home.find_poller(self._view, context, thread, self._threads(), self._loaded.worker_code)
+
+    def _nested_poll(self) -> bool | None:
+        """Whether the main thread polls inside a callback of its own loop; None where its stack does not tell."""
+        main = self._view.thread(self._view.pid)
+        if main is None or main.syscall is None:
+            return None
+        stack = self.stack(main)
+        if home.parked(main) and nested_poll(stack.functions()):
+            return True
+        return False if stack.complete else None
 
     def _draining(self, *first: Thread | None) -> str | None:
         """The function in which a thread waits until requests are done, whichever thread it is.

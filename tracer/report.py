@@ -34,7 +34,7 @@ from tracer.events import (
 from tracer.known_bugs import BugNote
 from tracer.layout import Layout
 from tracer.text import exact, printable, printable_lines
-from tracer.verdict import LOST_WAKEUP
+from tracer.verdict import LOST_WAKEUP, NESTED_POLL
 
 STAGE_TITLES = {
     "submit_to_done": "submit to done",
@@ -470,7 +470,7 @@ class TableWriter:
         if event.there_before:
             lines.append("  It was there when aio-trace came: it may have been late for long.")
         if event.cause == LOST_WAKEUP:
-            drains = event.evidence.get("draining")
+            drains = event.evidence.get("draining") or (NESTED_POLL if event.evidence.get("nested_poll") else None)
             lines.append(wrapped(ADVICE_DRAINING.format(drains) if drains else ADVICE_LOST_WAKEUP))
             way = "--force" if drains else "--qmp SOCKET"
             lines.append("  " + as_typed(f"sudo aio-trace nudge --pid {event.pid} {way}"))

@@ -36,6 +36,9 @@ SEVERITY = (
 )
 
 COMPLETION_BH = "thread_pool_completion_bh"
+#: In what QEMU waits then, where no name tells more.
+NESTED_POLL = "a poll inside a callback of its main loop"
+_DISPATCH = "g_main_context_dispatch"
 #: Frames that an alert shows of a stack.
 MAX_FRAMES = 20
 
@@ -48,6 +51,15 @@ def draining(functions: Sequence[str]) -> str | None:
 def _drains(function: str) -> bool:
     """Whether it waits for all requests, or those of one node or drive, to end (block/io.c, block/block-backend.c)."""
     return re.match(r"(bdrv|blk)_(co_|subtree_|do_)?drain|bdrv_graph_wrlock", function) is not None
+
+
+def nested_poll(functions: Sequence[str]) -> bool:
+    """Whether a thread that sleeps in a poll does so inside a callback of its own loop, by its stack's functions.
+
+    glib's name is there also where QEMU has none: its main loop calls g_main_context_dispatch() only after it has
+    polled (util/main-loop.c), so what polls within it holds up the loop, and the monitor with it.
+    """
+    return _DISPATCH in functions
 
 
 def nested_wait(functions: Sequence[str]) -> bool:
@@ -117,6 +129,7 @@ class Facts:
     poller_name: str | None = None
     poller_stack: HomeStack = HomeStack()
     draining: str | None = None  # the function, whichever thread is in it
+    nested_poll: bool | None = None  # whether the main thread polls inside a callback of its own loop
     barrier_fixed: bool | None = None  # whether this build has the barriers of e8d3b1a25f
     at_least: bool = False
     from_core: bool = False
@@ -396,6 +409,7 @@ def as_evidence(facts: Facts) -> dict[str, Any]:
         "home_stack": list(facts.stack.frames) or None,
         "home_stack_missing": facts.stack.why_not,
         "draining": draining(facts.stack.functions) or facts.draining,
+        "nested_poll": facts.nested_poll,
         "polled_by": {"tid": facts.poller_tid, "name": facts.poller_name, "stack": list(facts.poller_stack.frames)}
         if facts.poller_tid
         else None,

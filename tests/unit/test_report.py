@@ -233,6 +233,13 @@ def test_an_alert_says_all_a_tired_person_needs() -> None:
     assert messages == []
 
 
+def test_the_advice_is_force_where_the_main_loop_polls_inside_a_callback() -> None:
+    """No name may tell that it drains; the monitor is as dead."""
+    table, _ = told(replace(ALERT, evidence={"draining": None, "nested_poll": True}))
+    assert "nudge --pid 4711 --force" in table
+    assert "--qmp" not in table
+
+
 def test_many_alerts_alike_are_one_line_each() -> None:
     table, _ = told(*[ALERT] * 10)
     assert table.count("ALERT lost-wakeup") == 10
