@@ -165,6 +165,11 @@ class Image:
             raise ImageError(f"{path} is for machine {machine}, not x86-64 or aarch64")
         self._machine = _MACHINES[machine]
         self._debug = debug
+        if not debug and self._has_no_code():
+            raise ImageError(
+                f"{path} is a debug file: it has names and debug information, but no code",
+                "give the executable itself; its debug file is found below /usr/lib/debug, or beside it",
+            )
         self._headers = tuple(self._program_headers(phoff, phentsize, phnum))
         self._raw_headers = self._bytes(0, 64) + self._bytes(phoff, phentsize * phnum)
         self._segments = tuple(
@@ -501,6 +506,14 @@ class Image:
             if kind == _PT_LOAD and start + filesz > len(self._data) and not self._debug:
                 raise ImageError(f"{self._path} is damaged: a segment ends behind the file")
             yield kind, flags, start, vaddr, filesz, memsz
+
+    def _has_no_code(self) -> bool:
+        """Whether `objcopy --only-keep-debug` or its like has left out what the code's section held."""
+        try:
+            text = self.section(".text")
+        except (ImageError, struct.error):
+            return False
+        return text is not None and text.kind == _SHT_NOBITS
 
     @cached_property
     def _sections(self) -> tuple[Section, ...]:

@@ -150,6 +150,20 @@ def test_another_build_is_refused(core: tuple[Path, int], folder: Path) -> None:
         view.open_image()
 
 
+def test_a_debug_file_is_not_taken_for_another_build(core: tuple[Path, int], folder: Path, tmp_path: Path) -> None:
+    """It has the core's own build id; what is wrong is that it holds no code."""
+    debug = tmp_path / "sleeper.debug"
+    subprocess.run(["objcopy", "--only-keep-debug", build(folder, "other"), debug], check=True)
+    with (
+        closing(CoreView(str(core[0]), str(debug))) as view,
+        pytest.raises(ImageError, match="is a debug file") as told,
+    ):
+        view.open_image()
+    assert "give the executable itself" in str(told.value.hint)
+    with Image.open(debug, debug=True) as image:
+        assert image.has_symtab
+
+
 def test_a_copy_of_the_executable_will_do(folder: Path, tmp_path: Path) -> None:
     gone = build(folder, "gone")
     core, _ = gcore(gone, tmp_path / "gone", WITHOUT_CODE)
