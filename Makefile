@@ -8,7 +8,7 @@ PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 
 PACKAGES_RUN := python3-venv python3-bpfcc
 PACKAGES_DEMO := $(PACKAGES_RUN) qemu-system-x86 qemu-utils busybox-static elfutils gdb
-PACKAGES_TEST := $(PACKAGES_DEMO) gcc libc6-dev clang lld
+PACKAGES_TEST := $(PACKAGES_DEMO) gcc libc6-dev clang lld libvirt-daemon-system libvirt-clients
 PACKAGES_MATRIX := $(PACKAGES_TEST) debootstrap
 PACKAGES_KERNELS := $(PACKAGES_MATRIX) e2fsprogs
 PACKAGES_ARM64 := $(PACKAGES_KERNELS) qemu-system-arm

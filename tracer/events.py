@@ -121,6 +121,7 @@ class Alert(Event):
     seen_from: str
     submit_age_s: float | None = None
     there_before: bool = False  # in QEMU's memory already when the trace began
+    by_libvirt: bool = False  # libvirt started the process, and holds its monitor
 
     @property
     def overdue_s(self) -> float:

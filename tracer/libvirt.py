@@ -18,7 +18,7 @@ from contextlib import suppress
 from typing import Any
 
 from tracer.errors import CommandRefused, MonitorDead, MonitorError, ToolMissing, pasted
-from tracer.qmp import TIMEOUT_S, domain_of, force_hint, short, uuid_of, virsh_line
+from tracer.qmp import TIMEOUT_S, force_hint, short, virsh_line
 from tracer.records import dataclass
 from tracer.target import Target, inner_numbers, open_regular
 from tracer.text import printable
@@ -226,7 +226,7 @@ def _virsh() -> str:
 
 def _identity(target: Target) -> tuple[str, str]:
     """(name, UUID) that libvirt gave to the process, by its command line. Raises MonitorError."""
-    name, uuid = domain_of(target), uuid_of(target)
+    name, uuid = target.domain, target.uuid
     if name is None or uuid is None:
         missing = "-name guest=" if name is None else "-uuid"
         raise MonitorError(f"process {target.pid} was not started by libvirt: its command line has no {missing}")

@@ -30,7 +30,7 @@ from tracer.home import parked
 from tracer.live import LiveView
 from tracer.looking import Looker
 from tracer.posix_aio import read_node
-from tracer.qmp import Monitor, force_hint
+from tracer.qmp import Monitor, force_hint, monitor_hint
 from tracer.records import dataclass
 from tracer.survey import Stuck, Survey, still_stuck, survey, went_on
 from tracer.target import Target, Thread, inner_numbers
@@ -539,7 +539,7 @@ def _one_a_pool(curable: Sequence[Stuck]) -> Iterator[Stuck]:
 def _left(stuck: Stuck, target: Target) -> NudgeRefused:
     verdict = stuck.verdict
     if verdict.cause == LOST_KICK:
-        hint = f"sudo aio-trace nudge --pid {target.pid} --qmp SOCKET"
+        hint = monitor_hint(target)
     else:
         hint = HELP.get(verdict.cause, f"sudo aio-trace inspect --pid {target.pid}").format(pid=target.pid)
     return NudgeRefused(
@@ -555,7 +555,7 @@ def _forceable(seen: Survey, target: Target) -> list[Stuck]:
     if not lost:
         raise InjectionRefused(
             "--force is for lost-wakeup only; a lost-kick needs no more than a question at the monitor",
-            f"sudo aio-trace nudge --pid {target.pid} --qmp SOCKET",
+            monitor_hint(target),
         )
     return list(_one_a_pool(lost))
 

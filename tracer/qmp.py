@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-import re
 import select
 import shlex
 import socket
@@ -150,35 +149,21 @@ def force_hint(target: Target) -> str:
     return f"sudo aio-trace nudge --pid {target.pid} --force"
 
 
+def monitor_hint(target: Target) -> str:
+    """How its monitor is reached: libvirt holds that of a QEMU that it started."""
+    way = "--qmp SOCKET" if target.domain is None else "--via virsh"
+    return f"sudo aio-trace nudge --pid {target.pid} {way}"
+
+
 def virsh_line(domain: str, line: str, uri: str | None = None) -> str:
     """What a person types to send a line of the human monitor through libvirt."""
     where = f"-c {shlex.quote(uri)} " if uri else ""
     return f"virsh {where}qemu-monitor-command {shlex.quote(domain)} --hmp {shlex.quote(line)}"
 
 
-def domain_of(target: Target) -> str | None:
-    """libvirt's name of the process, from its own command line (-name guest=NAME,…), or None."""
-    found = re.match(r"guest=((?:[^,]|,,)+)", _option(target, "-name") or "")
-    return found[1].replace(",,", ",") if found else None
-
-
-def uuid_of(target: Target) -> str | None:
-    """The UUID on the process's own command line, in lower case, or None."""
-    found = re.fullmatch(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", (_option(target, "-uuid") or "").lower())
-    return found[0] if found else None
-
-
-def _option(target: Target, name: str) -> str | None:
-    """The word after that one on the process's command line, or None."""
-    with suppress(OSError, ValueError, IndexError):
-        words = read_text(f"/proc/{target.pid}/cmdline").split("\0")
-        return words[words.index(name) + 1]
-    return None
-
-
 def busy(path: str, target: Target) -> MonitorBusy:
     """The error for a socket that somebody else holds, with the line to paste."""
-    line = virsh_line(uuid_of(target) or "DOMAIN", 'qemu-io DRIVE "aio_read 0 512"')
+    line = virsh_line(target.uuid or "DOMAIN", 'qemu-io DRIVE "aio_read 0 512"')
     where = f"sudo aio-trace nudge --pid {target.pid} --via virsh, or: {line}"
     return MonitorBusy(f"another client, usually libvirt, holds the monitor at {path}", where)
 

@@ -472,7 +472,7 @@ class TableWriter:
         if event.cause == LOST_WAKEUP:
             drains = event.evidence.get("draining") or (NESTED_POLL if event.evidence.get("nested_poll") else None)
             lines.append(wrapped(ADVICE_DRAINING.format(drains) if drains else ADVICE_LOST_WAKEUP))
-            way = "--force" if drains else "--qmp SOCKET"
+            way = "--force" if drains else "--via virsh" if event.by_libvirt else "--qmp SOCKET"
             lines.append("  " + as_typed(f"sudo aio-trace nudge --pid {event.pid} {way}"))
         self._print("\n".join(lines))
 

@@ -328,6 +328,25 @@ class Target:
             return int(found[1]) if found else 0
         return 0
 
+    @property
+    def domain(self) -> str | None:
+        """libvirt's name of the process, from its own command line (-name guest=NAME,…), or None."""
+        found = re.match(r"guest=((?:[^,]|,,)+)", self._option("-name") or "")
+        return found[1].replace(",,", ",") if found else None
+
+    @property
+    def uuid(self) -> str | None:
+        """The UUID on the process's own command line, in lower case, or None."""
+        found = re.fullmatch(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", (self._option("-uuid") or "").lower())
+        return found[0] if found else None
+
+    def _option(self, name: str) -> str | None:
+        """The word after that one on the process's command line, or None."""
+        with suppress(OSError, ValueError, IndexError):
+            words = read_text(f"/proc/{self.pid}/cmdline").split("\0")
+            return words[words.index(name) + 1]
+        return None
+
     def tids(self) -> list[int]:
         """The numbers of all threads now, in order."""
         try:

@@ -711,6 +711,7 @@ class Watch:
             "memory" if record.before else "probes",
             (now_ns - record.submit_ns) / 1e9 if record.submit_ns and not record.before else None,
             record.before and (self._mode != NONE or record.submit_ns <= int(self._began * 1e9)),
+            self.target.domain is not None,
         )
 
     # -- figures ------------------------------------------------------------------------------------

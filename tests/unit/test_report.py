@@ -240,6 +240,17 @@ def test_the_advice_is_force_where_the_main_loop_polls_inside_a_callback() -> No
     assert "--qmp" not in table
 
 
+def test_the_line_to_paste_goes_where_the_monitor_is() -> None:
+    """libvirt holds the monitor of a QEMU that it started; where something drains, no monitor answers."""
+    lines = {
+        "--qmp SOCKET": ALERT,
+        "--via virsh": replace(ALERT, by_libvirt=True),
+        "--force": replace(ALERT, by_libvirt=True, evidence={"draining": "bdrv_drain_all_begin"}),
+    }
+    for way, alert in lines.items():
+        assert f"\n  sudo aio-trace nudge --pid 4711 {way}\n" in told(alert)[0]
+
+
 def test_many_alerts_alike_are_one_line_each() -> None:
     table, _ = told(*[ALERT] * 10)
     assert table.count("ALERT lost-wakeup") == 10

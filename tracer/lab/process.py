@@ -136,9 +136,24 @@ def _asleep_in(pid: int) -> str:
     return ", ".join(found) or "no thread of it is left"
 
 
+#: (pid, start time) of those that others started at this lab's order.
+_adopted: set[tuple[int, str]] = set()
+
+
+def adopt(pid: int) -> None:
+    """Take a process for the lab's own that a daemon of the lab started at its order."""
+    _adopted.add((pid, _start_time(pid)))
+
+
+def _start_time(pid: int) -> str:
+    return _stat_fields(Path(f"/proc/{pid}/stat"))[19]
+
+
 def is_own(pid: int) -> bool:
-    """Whether this lab started the process: it carries the token and is our child."""
+    """Whether this lab started the process: it carries the token and is our child, or it was adopted."""
     try:
+        if (pid, _start_time(pid)) in _adopted:
+            return True
         environment = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
         parent = int(_stat_fields(Path(f"/proc/{pid}/stat"))[1])
     except (OSError, IndexError):
