@@ -480,7 +480,7 @@ def _persistent(watched: _Watched) -> list[Request]:
     """
     whole = watched.whole or (watched.last,)
     last = whole[-1].listed
-    kept = all(_grew(then.listed, now.listed) for then, now in zip(whole, whole[1:]))
+    kept = all(then.listed.kept_in(now.listed) for then, now in zip(whole, whole[1:]))
     stands_still = kept and 2 * len(whole) > len(watched.snapshots)
     behind = [_behind(snapshot.listed) for snapshot in whole]
     found = []
@@ -504,12 +504,6 @@ def _behind(listed: RequestList) -> dict[int, set[int]]:
     """For each request, those that were there before it."""
     addresses = [request.address for request in listed.requests]
     return {address: set(addresses[at + 1 :]) for at, address in enumerate(addresses)}
-
-
-def _grew(then: RequestList, now: RequestList) -> bool:
-    """Whether no request left the list: what was there is its end still, in the same order."""
-    earlier, later = ([request.address for request in listed.requests] for listed in (then, now))
-    return later[len(later) - len(earlier) :] == earlier if len(later) >= len(earlier) else False
 
 
 def _same_in(request: Request, last: _Snapshot, snapshot: _Snapshot) -> bool:

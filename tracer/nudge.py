@@ -374,8 +374,18 @@ class Nudge:
         """qemu_bh_schedule in the process, its code the same as in the file that was understood."""
         address = self._build.located.functions.get("qemu_bh_schedule")
         if address is None:
-            raise InjectionRefused("qemu_bh_schedule was not found in this build")
+            raise InjectionRefused(
+                "there is no qemu_bh_schedule to be called in this build: its compiler put it into its callers",
+                self._without_force(),
+            )
         return address + self.target.entry_address() - self._build.entry
+
+    def _without_force(self) -> str:
+        """What frees a lost completion where nothing can be called: any new request in its pool."""
+        return (
+            f"sudo aio-trace nudge --pid {self.target.pid} --qmp SOCKET    # or any new request of the guest on that "
+            f"disk; where the monitor hangs in a drain, only the end of the process is left"
+        )
 
     def _call(self, stuck: Stuck, function: int, made: Callable[[], None]) -> inject.Pause:
         thread = self._caller(stuck)

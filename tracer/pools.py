@@ -82,6 +82,15 @@ class RequestList:
     requests: tuple[Request, ...]
     torn: str | None = None
 
+    def kept_in(self, later: RequestList) -> bool:
+        """Whether no request left between these two: what was there is the later one's end still, in the same order.
+
+        Only the completion bottom half takes requests off, and it takes all that are finished: while one stays, none
+        leaves.
+        """
+        then, now = ([request.address for request in listed.requests] for listed in (self, later))
+        return len(now) >= len(then) and now[len(now) - len(then) :] == then
+
     def holds(self, address: int) -> bool | None:
         """Whether the element is among them; None when that could not be read to the end."""
         if any(request.address == address for request in self.requests):

@@ -14,7 +14,7 @@ from tracer.errors import FaultError, LayoutError
 from tracer.layout import RequestState
 from tracer.live import LiveView
 from tracer.looking import Finding, Looker
-from tracer.pools import Pool, PoolReader, Request
+from tracer.pools import Pool, PoolReader, Request, RequestList
 from tracer.records import dataclass
 from tracer.verdict import LOOP_BUSY, LOST_KICK, LOST_WAKEUP, STOPPED, UNKNOWN, Verdict, judge
 
@@ -95,13 +95,27 @@ def _awaits_callback(request: Request) -> bool:
 
 
 def _that_stay(reader: PoolReader, late: Sequence[tuple[Pool, Request]]) -> list[tuple[Pool, Request]]:
-    """Those that are the same finished request at every check until the time between the looks is over."""
+    """Those that are the same finished request at every check until the time between the looks is over.
+
+    One that another overtook is not: QEMU gives its memory to the next request at once.
+    """
     left = list(late)
+    lists: dict[Pool, RequestList] = {}
     end = time.monotonic() + APART_S
     while left and time.monotonic() < end:
+        moved = {pool for pool in {pool for pool, _ in left} if _moved(reader, pool, lists)}
+        left = [(pool, request) for pool, request in left if pool not in moved and still_stuck(reader, pool, request)]
         time.sleep(CHECK_S)
-        left = [(pool, request) for pool, request in left if still_stuck(reader, pool, request)]
     return left
+
+
+def _moved(reader: PoolReader, pool: Pool, lists: dict[Pool, RequestList]) -> bool:
+    """Whether a request left the pool's list since the last time; a list that is torn does not tell."""
+    listed = reader.patient_requests(pool)
+    if listed.torn is not None:
+        return False
+    then, lists[pool] = lists.get(pool, listed), listed
+    return not then.kept_in(listed)
 
 
 def still_stuck(reader: PoolReader, pool: Pool, request: Request) -> bool:

@@ -11,21 +11,27 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 
 from tests.qemu.nudging import ROOT, WITNESS, by_force, by_monitor, commands, free_a_guest, nudge
+from tests.qemu.test_sampling import busy_pool
 from tests.qemu.tracing import traced
-from tracer.build import read_build
+from tracer.build import load, read_build
 from tracer.errors import NudgeRefused
 from tracer.lab import faults
 from tracer.lab.guest import Workload, guest
 from tracer.lab.kicks import lose_kick
 from tracer.lab.qemu import STORAGE_DAEMON, Drive, Qemu, TraceCounts, paused, storage_daemon
 from tracer.lab.storage import storage
+from tracer.live import LiveView
+from tracer.looking import Looker
 from tracer.nudge import Nudge
+from tracer.survey import survey
 from tracer.target import open_target
+from tracer.verdict import as_evidence
 
 #: How often each way frees a lost completion in these tests; 100 for the long form.
 ROUNDS = int(os.environ.get("AIO_TRACE_NUDGE_ROUNDS", "2"))
@@ -791,3 +797,14 @@ def test_killed_in_the_middle_it_does_no_harm(watched: Qemu) -> None:
     assert int(done.stdout) == len(outcomes)
     assert not lost.still_lost()
     watched.request("d0", "write")
+
+
+def test_a_pool_with_much_to_do_is_not_stuck(tmp_path: Path) -> None:
+    """64 requests all the time, each in the memory of an earlier one: most are finished at any look, and none stays."""
+    with busy_pool(tmp_path) as pid, closing(LiveView(open_target(pid))) as view:
+        loaded = load(view, read_build(view.target.image_path, "qemu-img"))
+        for _ in range(12):
+            seen = survey(view, loaded, Looker(view, loaded))
+            # On an overloaded host the loop may really be late: the scheduler is the witness.
+            stuck = [each for each in seen.stuck if not as_evidence(each.finding.facts)["home_starved"]]
+            assert [each.verdict for each in stuck] == []
