@@ -12,6 +12,7 @@ import gc
 import os
 import pickle
 import resource
+import select
 import signal
 from collections.abc import Callable, Iterable
 from contextlib import suppress
@@ -23,6 +24,8 @@ _PR_SET_PDEATHSIG = 1
 _PIECE = 1 << 16
 #: What a child may tell, and what memory of its own it may have; bytes.
 MAX_TOLD, MAX_MEMORY = 64 << 20, 2 << 30
+#: What a child tells first, and how long that is waited for at most; seconds.
+APART, APART_S = b"\0", 2.0
 #: How much less than others a child gets of a processor once it is slow.
 NICE = 10
 
@@ -52,6 +55,21 @@ class Errand:
         if self._pid == 0:
             _be_child(work, write_fd, {*keep}, parent)
         os.close(write_fd)
+        self._wait_until_apart()
+
+    def _wait_until_apart(self) -> None:
+        """Until the child has given back what it inherited, probes above all: else they would outlive us for a moment.
+
+        It has not looked at the target by then, so nothing but the host's load holds it up.
+        """
+        poll = select.poll()
+        poll.register(self.fd, select.POLLIN)
+        try:
+            if poll.poll(APART_S * 1e3):
+                os.read(self.fd, len(APART))
+        except BaseException:
+            self.abandon()
+            raise
 
     def ready(self) -> bool:
         """Take what has come; whether that is all. Never waits."""
@@ -67,7 +85,7 @@ class Errand:
 
     def outcome(self) -> Any:
         """What the work gave, when it is ready(); raises what it raised, HostError if it ended otherwise."""
-        told = bytes(self._told)
+        told = bytes(self._told).removeprefix(APART)  # one that came too late to be waited for
         self.abandon()
         try:
             done, value = pickle.loads(told)
@@ -108,6 +126,7 @@ def _be_child(work: Callable[[], Any], write_fd: int, keep: set[int], parent: in
     status = 1
     try:
         _become_apart(write_fd, keep, parent)
+        _tell(write_fd, APART)
         try:
             told = (True, work())
         except AioTraceError as error:

@@ -35,6 +35,19 @@ def test_what_it_gives_comes_back() -> None:
     assert done(lambda: {"much": bytes(1 << 20)}) == {"much": bytes(1 << 20)}
 
 
+def test_what_it_inherited_is_given_back_when_it_has_begun() -> None:
+    """A probe's descriptor among it, which would keep the probe in place for as long as the child lives on."""
+    for _ in range(20):
+        read_fd, write_fd = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        errand = Errand(lambda: time.sleep(600))
+        os.close(write_fd)
+        try:
+            assert os.read(read_fd, 1) == b"", "somebody else still holds it"
+        finally:
+            errand.abandon()
+            os.close(read_fd)
+
+
 @pytest.mark.parametrize("error", [NotQemu("it is none", "pgrep -a qemu"), FaultError(0x1000, 8)])
 def test_errors_come_back_as_they_are(error: NotQemu | FaultError) -> None:
     with pytest.raises(type(error)) as caught:
