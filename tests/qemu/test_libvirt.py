@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, suppress
 from pathlib import Path
@@ -41,7 +42,7 @@ exec libvirtd -p {folder}/libvirtd.pid
 DOMAIN = """
 <domain type='qemu'>
   <name>{name}</name><uuid>{uuid}</uuid><memory unit='MiB'>32</memory>
-  <os><type>hvm</type></os>
+  <os><type>hvm</type></os><features><acpi/></features>
   <devices>
     <emulator>{emulator}</emulator>
     <disk type='file' device='disk'>
@@ -231,7 +232,67 @@ def test_a_domain_that_is_suspended_is_said_to_be(both: tuple[Libvirt, Libvirt])
     domain = both[0].start("still", UUIDS[0].replace("c7", "c8"))
     for word in ("resume", "suspend"):
         assert both[0].virsh(word, domain.uuid).returncode == 0
-    command = [sys.executable, str(ROOT / "cli.py"), "inspect", "--pid", str(domain.pid), "--json"]
-    told = json.loads(subprocess.run(command, capture_output=True, text=True, timeout=60, check=False).stdout)
+    told = inspected(domain)
     assert told["verdict"] in ("healthy", "elsewhere")
     assert "paused" in told["explanation"]
+
+
+@pytest.mark.timeout(300)
+def test_a_dump_that_never_ends(both: tuple[Libvirt, Libvirt]) -> None:
+    """`virsh dump` waits in bdrv_drain_all for the lost request, and the monitor with it: --force ends both."""
+    libvirt = both[0]
+    domain = libvirt.start("dumped", UUIDS[0].replace("c7", "c9"))
+    assert libvirt.virsh("resume", domain.uuid).returncode == 0
+    wait_until(lambda: firmware_is_idle(domain), 60, "the firmware to have looked for something to boot")
+    faults.lose(domain, "d0", "read")
+    command = [*libvirt.inside, "virsh", "-c", "qemu:///system", "dump", domain.uuid, str(domain.folder / "dump")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as dumping:
+        wait_until(lambda: inspected(domain)["draining"], 60, "the dump to wait for the request")
+        told = inspected(domain)
+        assert told["verdict"] == "lost-wakeup"
+        assert told["draining"].startswith("bdrv_drain_all")
+        assert f"nudge --pid {domain.pid} --force" in traced_for_people(domain)
+        done = nudge(domain.pid, "--force", "--yes")
+        assert done.status == 0, done.errors
+        said, _ = dumping.communicate(timeout=120)
+    assert dumping.returncode == 0, said
+    assert inspected(domain)["verdict"] in ("healthy", "elsewhere")
+
+
+@pytest.mark.timeout(120)
+def test_a_disk_that_was_plugged_in(both: tuple[Libvirt, Libvirt]) -> None:
+    libvirt = both[0]
+    domain = libvirt.start("plugged", UUIDS[0].replace("c7", "ca"))
+    image = domain.folder / "d1.img"
+    image.write_bytes(bytes(1 << 20))
+    image.chmod(0o666)
+    how = ("--driver", "qemu", "--subdriver", "raw", "--live")
+    made = libvirt.virsh("attach-disk", domain.uuid, str(image), "vdb", *how)
+    assert made.returncode == 0, made.stderr
+    domain.drives["d1"] = Drive("d1")
+    options = {"type": "nbd", "id": "d1-export", "name": "d1", "node_name": "libvirt-2-format", "writable": False}
+    domain.qmp("block-export-add", **options)
+    lost = faults.lose(domain, "d1", "read")
+    (request,) = [request for pool in inspected(domain)["pools"] for request in pool["requests"]]
+    assert request["file"] == str(image)
+    done = by_virsh(domain, libvirt)
+    assert done.status == 0, done.errors
+    assert not lost.still_lost()
+
+
+def firmware_is_idle(domain: Domain) -> bool:
+    """Whether it has read from the disk, and does so no more: that would free what is lost there."""
+    before, after = (_guests_reads(domain, pause_s) for pause_s in (0, 2))
+    return 0 < before == after
+
+
+def _guests_reads(domain: Domain, pause_s: float) -> int:
+    time.sleep(pause_s)
+    return sum(disk["stats"]["rd_operations"] for disk in domain.qmp("query-blockstats"))
+
+
+def inspected(domain: Domain) -> dict[str, Any]:
+    command = [sys.executable, str(ROOT / "cli.py"), "inspect", "--pid", str(domain.pid), "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
